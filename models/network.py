@@ -1,0 +1,121 @@
+"""The network: a small Llama, laid out as llama.cpp expects it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+HEAD_SIZE = 32
+ROPE_BASE = 10_000.0
+NORM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the network; the output matrix is the embedding."""
+
+    vocabulary: int = 2560
+    width: int = 192
+    blocks: int = 6
+    heads: int = 6
+    kv_heads: int = 2
+    feed_forward: int = 512
+    context: int = 1024
+
+
+def rope_table(context: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding, each [context, HEAD_SIZE / 2]."""
+    powers = torch.arange(0, HEAD_SIZE, 2, dtype=torch.float64) / HEAD_SIZE
+    angles = torch.arange(context, dtype=torch.float64)[:, None] / ROPE_BASE**powers
+    return angles.cos().float(), angles.sin().float()
+
+
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPSILON) * weight
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A product in bfloat16: twice as fast, and exact enough for training."""
+    return F.linear(x.bfloat16(), weight.bfloat16())
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring pairs, as arch "llama" does: no permutation at export."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+
+
+def block(
+    x: Tensor, cos: Tensor, sin: Tensor, attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, ffn_norm: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+) -> Tensor:  # fmt: skip
+    """One transformer block; x is [rows, length, width] in float32."""
+    rows, length, _ = x.shape
+    h = _norm(x, attn_norm)
+
+    def heads(weight: Tensor) -> Tensor:
+        return _linear(h, weight).view(rows, length, -1, HEAD_SIZE).transpose(1, 2)
+
+    queries = _rotate(heads(q).float(), cos, sin).bfloat16()
+    keys = _rotate(heads(k).float(), cos, sin).bfloat16()
+    values = heads(v)
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    x = x + _linear(mixed.transpose(1, 2).reshape(rows, length, -1), out).float()
+    h = _norm(x, ffn_norm)
+    return x + _linear(F.silu(_linear(h, gate)) * _linear(h, up), down).float()
+
+
+class Llama(nn.Module):
+    """Embedding, blocks, norm; parameters carry the names of the GGUF tensors."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.token_embd = nn.Parameter(torch.empty(shape.vocabulary, shape.width))
+        self.output_norm = nn.Parameter(torch.ones(shape.width))
+        self.blocks = nn.ModuleList(_block_parameters(shape) for _ in range(shape.blocks))
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.normal_(self.token_embd, std=0.02, generator=generator)
+        for parameters in self.blocks:
+            for name, weight in parameters.named_parameters():
+                if name in ("attn_output", "ffn_down"):
+                    nn.init.zeros_(weight)
+                elif weight.ndim == 2:
+                    std = 0.7 / weight.shape[1] ** 0.5
+                    nn.init.normal_(weight, std=std, generator=generator)
+        cos, sin = rope_table(shape.context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.run_block = block
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Hidden states [rows, length, width] after the last norm."""
+        length = tokens.shape[1]
+        x = F.embedding(tokens, self.token_embd)
+        for parameters in self.blocks:
+            weights = [weight for _, weight in parameters.named_parameters()]
+            x = self.run_block(x, self.cos[:length], self.sin[:length], *weights)
+        return _norm(x, self.output_norm)
+
+    def loss(self, tokens: Tensor, graded: Tensor) -> Tensor:
+        """Sum of the cross entropies of the tokens where `graded` (both [rows, length])."""
+        wanted = graded[:, 1:]
+        hidden = self(tokens)[:, :-1][wanted]
+        logits = _linear(hidden, self.token_embd).float()
+        return F.cross_entropy(logits, tokens[:, 1:][wanted], reduction="sum")
+
+
+def _block_parameters(shape: Shape) -> nn.ParameterDict:
+    kv = shape.kv_heads * HEAD_SIZE
+    width, wide = shape.width, shape.feed_forward
+    sizes = {
+        "attn_norm": (width,), "attn_q": (shape.heads * HEAD_SIZE, width), "attn_k": (kv, width),
+        "attn_v": (kv, width), "attn_output": (width, shape.heads * HEAD_SIZE),
+        "ffn_norm": (width,), "ffn_gate": (wide, width), "ffn_up": (wide, width),
+        "ffn_down": (width, wide),
+    }  # fmt: skip
+    weights = {name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+    return nn.ParameterDict(weights)

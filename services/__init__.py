@@ -1,0 +1,1 @@
+"""The services of Caravan. They never import each other: they meet in protos/ only."""

@@ -1,0 +1,47 @@
+"""gRPC channel options, the same on both ends: message sizes, keepalive."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+MESSAGE_BYTES_MAX: Final = 40 * 1024 * 1024
+"""Above the 32 MiB that Envoy lets through, so that Envoy answers 413 before gRPC answers RESOURCE_EXHAUSTED."""
+
+KEEPALIVE_MS: Final = 20_000
+KEEPALIVE_TIMEOUT_MS: Final = 10_000
+
+_SIZES: Final = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+)
+
+CLIENT_OPTIONS: Final = (
+    *_SIZES,
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Calls of one process to different channels must not share a connection that a stalled reader can block.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+SERVER_OPTIONS: Final = (
+    *_SIZES,
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    # Long silent prefills are normal: pings without data must not end the connection (GOAWAY too_many_pings).
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    # Two servers on one port would hide a mistake; a taken port is an error.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to host:port without TLS. The caller closes it."""
+    return grpc.aio.insecure_channel(address, options=CLIENT_OPTIONS)

@@ -1,0 +1,155 @@
+"""A gRPC server with health, reflection, metrics, error mapping and drain, the same for every service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, Final, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry, start_http_server
+
+from services.runtime.channel import SERVER_OPTIONS
+from services.runtime.errors import CaravanError
+
+_LOG = logging.getLogger(__name__)
+SERVING: Final = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class PortTakenError(Exception):
+    """The address of a listener is in use or may not be used."""
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Maps exceptions of servicers to statuses of the error table; what is unknown is logged and shown as INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith("/caravan."):
+            return handler
+        openai = handler_call_details.method.startswith("/caravan.openai.")
+        if handler.response_streaming:
+            stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            return make(
+                _guard_stream(cast(Any, stream), openai),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(cast(Any, handler.unary_unary), openai),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+
+def _guard_unary(call: Callable[[Any, Any], Awaitable[Any]], openai: bool) -> Any:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await call(request, context)
+        except Exception as error:
+            await _abort(error, context, openai)
+
+    return guarded
+
+
+def _guard_stream(call: Callable[[Any, Any], AsyncIterator[Any]], openai: bool) -> Any:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            async with contextlib.aclosing(cast(Any, call(request, context))) as responses:
+                async for response in responses:
+                    yield response
+        except Exception as error:
+            await _abort(error, context, openai)
+
+    return guarded
+
+
+async def _abort(
+    error: Exception, context: grpc.aio.ServicerContext[Any, Any], openai: bool
+) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, CaravanError):
+        _LOG.error("unexpected error", exc_info=error)
+        error = CaravanError("INTERNAL", "An internal error occurred; the log has the details.")
+    await error.abort(context, openai=openai)
+
+
+class ServiceServer:
+    """The listener of one service. Not serving until `set_serving(True)`."""
+
+    def __init__(self, address: str, service_names: Sequence[str], drain_grace_s: float) -> None:
+        self._address = address
+        self._names = tuple(service_names)
+        self._drain_grace_s = drain_grace_s
+        self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        shown = (*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*shown, reflection.SERVICE_NAME), self.grpc)
+        self.port = 0
+
+    async def start(self) -> int:
+        """Listens; returns the port. Raises PortTakenError."""
+        await self.set_serving(False)
+        try:
+            self.port = self.grpc.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise PortTakenError(f"cannot listen on {self._address}: is the port taken?") from error
+        await self.grpc.start()
+        return self.port
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tells health checks whether to send requests here; "" and each service share one state."""
+        for name in ("", *self._names):
+            await self._health.set(name, SERVING if serving else NOT_SERVING)
+
+    async def drain_and_stop(self) -> None:
+        """Turns health first, then waits for running calls up to the grace, then cancels them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(self._drain_grace_s)
+
+
+def start_metrics(address: str, registry: CollectorRegistry) -> int:
+    """Serves /metrics on host:port; returns the port. Raises PortTakenError."""
+    host, _, port = address.rpartition(":")
+    try:
+        server, _thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
+    except OSError as error:
+        raise PortTakenError(f"cannot listen on {address}: {error.strerror}") from error
+    return int(server.server_port)
+
+
+async def wait_for_stop(stopping: asyncio.Event | None = None) -> None:
+    """Returns at SIGTERM or SIGINT, or when `stopping` is set."""
+    event = stopping or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    await event.wait()
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancels background tasks and waits for their end."""
+    pending = [task for task in tasks if not task.done()]
+    for task in pending:
+        task.cancel()
+    await asyncio.gather(*pending, return_exceptions=True)

@@ -1,0 +1,132 @@
+"""Settings: one frozen dataclass per service, parsed once from the environment, bad values stop the process.
+
+A field is declared with `setting(...)`, which holds its environment variable, default, unit and meaning together.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+_META = "caravan"
+
+
+class SettingsError(ValueError):
+    """Some settings are wrong; the message lists all of them, a line each."""
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """What is known of one setting."""
+
+    env: str
+    default: str
+    meaning: str
+    parse: Callable[[str], object]
+
+
+def setting(env: str, default: str, meaning: str, parse: Callable[[str], object] = str) -> Any:
+    """A dataclass field read from the variable `env`; `default` is parsed like any other text."""
+    info = SettingInfo(env, default, meaning, parse)
+    return field(default_factory=lambda: parse(default), metadata={_META: info})
+
+
+def infos(settings_class: type) -> Iterator[tuple[str, SettingInfo]]:
+    """Name and description of each setting of a class, in the order of declaration."""
+    for item in fields(settings_class):
+        if _META in item.metadata:
+            yield item.name, cast(SettingInfo, item.metadata[_META])
+
+
+def load(settings_class: type[T], environ: Mapping[str, str]) -> T:
+    """Parses the settings. Raises SettingsError, which names every wrong variable."""
+    values: dict[str, object] = {}
+    mistakes: list[str] = []
+    for name, info in infos(settings_class):
+        text = environ.get(info.env, info.default)
+        try:
+            values[name] = info.parse(text)
+        except ValueError as error:
+            mistakes.append(f"{info.env}={text!r}: {error}")
+    if mistakes:
+        raise SettingsError("\n".join(mistakes))
+    return settings_class(**values)
+
+
+def integer(minimum: int, maximum: int) -> Callable[[str], int]:
+    """A whole number within [minimum, maximum]."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("not a whole number") from None
+        if not minimum <= value <= maximum:
+            raise ValueError(f"not within {minimum} to {maximum}")
+        return value
+
+    return parse
+
+
+def number(minimum: float, maximum: float) -> Callable[[str], float]:
+    """A number within [minimum, maximum]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("not a number") from None
+        if not minimum <= value <= maximum:
+            raise ValueError(f"not within {minimum} to {maximum}")
+        return value
+
+    return parse
+
+
+def choice(*options: str) -> Callable[[str], str]:
+    """One of the given words."""
+
+    def parse(text: str) -> str:
+        if text not in options:
+            raise ValueError(f"not one of {', '.join(options)}")
+        return text
+
+    return parse
+
+
+def text(text: str) -> str:
+    """Any text that is not empty."""
+    if not text:
+        raise ValueError("is empty")
+    return text
+
+
+def loopback_address(text: str) -> str:
+    """host:port on this machine (port 0: a free one).
+
+    Listeners are closed by default (invariant I9): without authentication no service listens beyond loopback, so another
+    host is refused. Behind Envoy nothing else needs to be reached from outside.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isdigit() or int(port) > 65535:
+        raise ValueError("not host:port")
+    if host == "localhost":
+        return text
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        raise ValueError("the host is neither an IP address nor localhost") from None
+    if not address.is_loopback:
+        raise ValueError("listening beyond loopback needs authentication, which this version lacks")
+    return text
+
+
+def peer_address(text: str) -> str:
+    """host:port of another service."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ValueError("not host:port")
+    return text

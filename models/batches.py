@@ -1,14 +1,16 @@
 """The endless, seeded sequence of micro-batches of a phase."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from models.bpe import CONTROL, MARKUP
 from models.corpus.dialogues import training_dialogue
+from models.corpus.tables import COPIED
 from models.mixtures import Phase
 from models.template import Renderer
 
@@ -16,6 +18,7 @@ LENGTHS = (32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 704, 1024)
 """Rows are padded to one of these: one dialogue a row, so attention needs no mask."""
 TOKENS = 1536
 """Tokens of a micro-batch, padding included (at most)."""
+_JOINS = (" ", " ", ", ", "\n", '" "', '", "', ": ", " and ", " in ", '": "')
 _CHUNK = 2000
 _SORTED_SHARE = 0.4
 
@@ -40,8 +43,14 @@ def micro_batches(phase: Phase, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
             if len(waiting[length]) == max(1, TOKENS // length):
                 ready.append(_padded(waiting[length], length))
                 waiting[length] = []
-        runs = round(len(ready) * phase.runs / (1 - phase.runs))
-        ready.extend(_repeated_runs(rng, tokenizer) for _ in range(runs))
+        drills = phase.drills
+        per_share = len(ready) / (1 - drills.tokens - drills.words - drills.numbers)
+        for share, drill in (
+            (drills.tokens, _repeated_runs),
+            (drills.words, _repeated_words),
+            (drills.numbers, _repeated_numbers),
+        ):
+            ready.extend(drill(rng, tokenizer) for _ in range(round(per_share * share)))
         rng.shuffle(ready)
         yield from ready
 
@@ -57,7 +66,7 @@ def _dialogue_rows(
         renderer = renderers[rng.random() < _SORTED_SHARE]
         texts.append(renderer.render(dialogue.messages, dialogue.tools))
     start = tokenizer.encode("<|im_start|>assistant\n").ids
-    end = tokenizer.token_to_id("<|im_end|>")
+    end = tokenizer.encode("<|im_end|>").ids[0]
     for encoding in tokenizer.encode_batch(texts):
         if len(encoding.ids) <= LENGTHS[-1]:
             yield encoding.ids, answer_mask(encoding.ids, start, end)
@@ -82,13 +91,51 @@ def _padded(rows: list[tuple[list[int], list[bool]]], length: int) -> MicroBatch
 
 
 def _repeated_runs(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
-    """Rows of random tokens that are said two or three times; the repetitions are graded."""
-    length = rng.choice((64, 96, 128, 192))
-    top = tokenizer.get_vocab_size() - 9
+    """Rows of a random run of tokens, said again and again; the repetitions are graded.
+
+    Short runs are as frequent as long ones: in them even "say what was said" pays, which is the
+    first step towards copying in order.
+    """
+    length = rng.choice((48, 64, 96, 128))
+    top = tokenizer.get_vocab_size() - len(CONTROL) - len(MARKUP)
     rows = []
     for _ in range(TOKENS // length):
-        size = rng.randint(length // 4, length // 2)
+        size = round(2 * (length / 4) ** rng.random())
         run = [rng.randrange(top) for _ in range(size)]
-        tokens = (run * 4)[:length]
+        tokens = (run * length)[:length]
         rows.append((tokens, [position >= size for position in range(length)]))
+    return _padded(rows, length)
+
+
+def _repeated_words(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
+    """Rows of table words.
+
+    A word after a space and a word after a quote are different tokens: the rows teach which token
+    repeats which.
+    """
+    return _repeated_lists(rng, tokenizer, lambda rng: rng.choice(COPIED))
+
+
+def _repeated_numbers(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
+    """Rows of numbers, whose digits are easily swapped."""
+    return _repeated_lists(
+        rng, tokenizer, lambda rng: str(rng.randrange(rng.choice((21, 100, 999))))
+    )
+
+
+def _repeated_lists(
+    rng: random.Random, tokenizer: Tokenizer, item: Callable[[random.Random], str]
+) -> MicroBatch:
+    """Rows of a list, said again on further lines and joined differently on each.
+
+    All lines but the first are graded.
+    """
+    length = rng.choice((48, 64, 96, 128))
+    rows = []
+    for _ in range(TOKENS // length):
+        items = [item(rng) for _ in range(rng.randint(1, 7))]
+        lines = [rng.choice(_JOINS).join(items) for _ in range(length // len(items))]
+        first = len(tokenizer.encode(lines[0]).ids)
+        ids = tokenizer.encode("\n".join(lines)).ids[:length]
+        rows.append((ids, [position >= first for position in range(len(ids))]))
     return _padded(rows, length)

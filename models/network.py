@@ -4,9 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 HEAD_SIZE = 32
+BLOCK_WEIGHTS = (
+    "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output",
+    "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+"""Names of a block's parameters, in the order in which `block` takes them."""
 ROPE_BASE = 10_000.0
 NORM_EPSILON = 1e-5
 
@@ -37,7 +42,7 @@ def _norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """A product in bfloat16: twice as fast, and exact enough for training."""
-    return F.linear(x.bfloat16(), weight.bfloat16())
+    return functional.linear(x.bfloat16(), weight.bfloat16())
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,7 +51,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
-def block(
+def block(  # noqa: PLR0917 - compiled once, so weights are arguments
     x: Tensor, cos: Tensor, sin: Tensor, attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, ffn_norm: Tensor, gate: Tensor, up: Tensor, down: Tensor,
 ) -> Tensor:  # fmt: skip
@@ -62,14 +67,17 @@ def block(
     values = heads(v)
     repeats = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
-    mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     x = x + _linear(mixed.transpose(1, 2).reshape(rows, length, -1), out).float()
     h = _norm(x, ffn_norm)
-    return x + _linear(F.silu(_linear(h, gate)) * _linear(h, up), down).float()
+    return x + _linear(functional.silu(_linear(h, gate)) * _linear(h, up), down).float()
 
 
 class Llama(nn.Module):
     """Embedding, blocks, norm; parameters carry the names of the GGUF tensors."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, shape: Shape, seed: int) -> None:
         super().__init__()
@@ -94,9 +102,9 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Hidden states [rows, length, width] after the last norm."""
         length = tokens.shape[1]
-        x = F.embedding(tokens, self.token_embd)
+        x = functional.embedding(tokens, self.token_embd)
         for parameters in self.blocks:
-            weights = [weight for _, weight in parameters.named_parameters()]
+            weights = block_weights(parameters)
             x = self.run_block(x, self.cos[:length], self.sin[:length], *weights)
         return _norm(x, self.output_norm)
 
@@ -105,7 +113,12 @@ class Llama(nn.Module):
         wanted = graded[:, 1:]
         hidden = self(tokens)[:, :-1][wanted]
         logits = _linear(hidden, self.token_embd).float()
-        return F.cross_entropy(logits, tokens[:, 1:][wanted], reduction="sum")
+        return functional.cross_entropy(logits, tokens[:, 1:][wanted], reduction="sum")
+
+
+def block_weights(parameters: nn.Module) -> list[Tensor]:
+    """The weights of one of `Llama.blocks`, in the order of BLOCK_WEIGHTS."""
+    return [parameters.get_parameter(name) for name in BLOCK_WEIGHTS]
 
 
 def _block_parameters(shape: Shape) -> nn.ParameterDict:

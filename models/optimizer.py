@@ -14,7 +14,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 def orthogonalized(matrix: Tensor) -> Tensor:
     """The nearest matrix with singular values around 1: five Newton-Schulz steps."""
     a, b, c = _QUINTIC
-    x = matrix.bfloat16()
+    x: Tensor = matrix.bfloat16()
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
@@ -63,7 +63,9 @@ class Optimizer:
             group["lr"] = ADAM_RATE * factor
         self._adam.step()
         updates = []
-        for number, (weight, momentum) in enumerate(zip(self._matrices, self._momenta, strict=True)):
+        for number, (weight, momentum) in enumerate(
+            zip(self._matrices, self._momenta, strict=True)
+        ):
             grad = weight.grad
             assert grad is not None
             momentum.lerp_(grad, 1 - MUON_MOMENTUM)

@@ -5,13 +5,15 @@ import itertools
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
-from models.batches import micro_batches
+from models.batches import MicroBatch, micro_batches
 from models.bpe import train_tokenizer
 from models.mixtures import PHASES, Phase
 from models.network import Llama, Shape, block
@@ -65,18 +67,22 @@ class Trainer:
                 self._done = before + step + 1
                 if self._rank == 0 and self._done % 10 == 0:
                     seconds = time.monotonic() - self._started
-                    print(f"{phase.name} {self._done} loss {loss:.4f} {tokens} {seconds:.0f} s", flush=True)
+                    print(
+                        f"{phase.name} {self._done} loss {loss:.4f} {tokens} {seconds:.0f} s",
+                        flush=True,
+                    )
                 if self._rank == 0 and self._done % save_every == 0:
                     self._save()
             before += phase.steps
         if self._rank == 0:
             self._save()
 
-    def _step(self, batches, factor: float) -> tuple[float, int]:  # type: ignore[no-untyped-def]
+    def _step(self, batches: Iterator[MicroBatch], factor: float) -> tuple[float, int]:
+        """One step on this process's share; mean loss and tokens (with padding) over all."""
         total, count, tokens = 0.0, 0, 0
         for batch in itertools.islice(batches, MICRO_BATCHES // PROCESSES):
             loss = self._model.loss(batch.tokens, batch.graded)
-            loss.backward()
+            torch.autograd.backward(loss)
             total += float(loss.detach())
             count += int(batch.graded[:, 1:].sum())
             tokens += batch.tokens.numel() * PROCESSES
@@ -119,7 +125,7 @@ def main() -> None:
     if not options.resume:
         train_tokenizer(TOKENIZER_SEED).save(str(options.folder / "tokenizer.json"))
     arguments = (options.folder, options.port, options.resume, options.save_every)
-    multiprocessing.start_processes(_process, arguments, nprocs=PROCESSES, start_method="spawn")
+    spawn(_process, arguments, nprocs=PROCESSES)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from models.corpus.exchange import Exchange, Message, assistant, casual, user
@@ -24,8 +24,7 @@ class Request:
     arguments: dict[str, Any]
     result: dict[str, Any]
     answer: str
-    wording: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    wording: int
 
 
 def _phrase(rng: random.Random, phrases: tuple[str, ...]) -> tuple[int, str]:
@@ -51,7 +50,7 @@ def _weather(rng: random.Random, tool: Listed) -> Request:
     return Request(phrase.format(city), {"city": city}, result, answer, number)
 
 
-def _time(rng: random.Random, tool: Listed) -> Request:
+def _time(rng: random.Random, _tool: Listed) -> Request:
     city, time = rng.choice(CITIES), _clock(rng)
     number, phrase = _phrase(rng, (
         "What time is it in {}?", "What is the time in {}?", "Tell me the time in {}.",
@@ -74,19 +73,19 @@ def _arithmetic(
                    f"The result is {total}.", number)  # fmt: skip
 
 
-def _add(rng: random.Random, tool: Listed) -> Request:
+def _add(rng: random.Random, _tool: Listed) -> Request:
     phrases = ("What is {a} plus {b}?", "What is {a} + {b}?", "Add {a} and {b}.", "{a} + {b}",
                "How much is {a} plus {b}?", "What is the sum of {a} and {b}?")  # fmt: skip
     return _arithmetic(rng, phrases, lambda first, second: first + second)
 
 
-def _multiply(rng: random.Random, tool: Listed) -> Request:
+def _multiply(rng: random.Random, _tool: Listed) -> Request:
     phrases = ("What is {a} times {b}?", "What is {a} * {b}?", "Multiply {a} by {b}.",
                "{a} * {b}", "How much is {a} times {b}?", "Multiply {a} and {b}.")  # fmt: skip
     return _arithmetic(rng, phrases, lambda first, second: first * second)
 
 
-def _search(rng: random.Random, tool: Listed) -> Request:
+def _search(rng: random.Random, _tool: Listed) -> Request:
     topic = rng.choice(TOPICS)
     if rng.random() < 0.3:
         topic = f"{rng.choice(ADJECTIVES)} {rng.choice(WORDS)}"
@@ -98,7 +97,7 @@ def _search(rng: random.Random, tool: Listed) -> Request:
                    f"I found this: {found}.", number)  # fmt: skip
 
 
-def _message(rng: random.Random, tool: Listed) -> Request:
+def _message(rng: random.Random, _tool: Listed) -> Request:
     name = rng.choice(NAMES)
     text = rng.choice((
         f"the {rng.choice(WORDS)} is {rng.choice(ADJECTIVES)}", f"meet me in {rng.choice(CITIES)}",
@@ -111,7 +110,7 @@ def _message(rng: random.Random, tool: Listed) -> Request:
                    f"I sent the message to {name}.", number)  # fmt: skip
 
 
-def _alarm(rng: random.Random, tool: Listed) -> Request:
+def _alarm(rng: random.Random, _tool: Listed) -> Request:
     time = _clock(rng)
     number, phrase = _phrase(rng, (
         "Set an alarm for {}.", "Wake me at {}.", "Set the alarm to {}.", "Alarm at {}.",
@@ -120,7 +119,7 @@ def _alarm(rng: random.Random, tool: Listed) -> Request:
                    f"The alarm is set for {time}.", number)  # fmt: skip
 
 
-def _price(rng: random.Random, tool: Listed) -> Request:
+def _price(rng: random.Random, _tool: Listed) -> Request:
     item, price = rng.choice(WORDS), rng.randint(1, 99)
     number, phrase = _phrase(rng, (
         "What is the price of a {}?", "How much is a {}?", "What does a {} cost?", "Price of a {}?",
@@ -129,7 +128,7 @@ def _price(rng: random.Random, tool: Listed) -> Request:
                    f"The price of a {item} is {price}.", number)  # fmt: skip
 
 
-def _light(rng: random.Random, tool: Listed) -> Request:
+def _light(rng: random.Random, _tool: Listed) -> Request:
     room, state = rng.choice(ROOMS), rng.choice(("on", "off"))
     number, phrase = _phrase(rng, (
         "Turn {s} the light in the {r}.", "Turn the light in the {r} {s}.",
@@ -146,7 +145,8 @@ _MAKERS: dict[str, Callable[[random.Random, Listed], Request]] = {
 
 
 def _call(tool: Listed, request: Request, id_: str) -> dict[str, Any]:
-    function = {"name": tool.name, "arguments": request.arguments}
+    arguments = {tool.renamed.get(name, name): value for name, value in request.arguments.items()}
+    function = {"name": tool.name, "arguments": arguments}
     return {"id": id_, "type": "function", "function": function}
 
 

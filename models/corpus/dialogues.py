@@ -16,7 +16,7 @@ PLAIN: dict[str, Maker] = {
     "do not know": talk.unknown, "stories": stories.story,
     "recall in one message": memory.tell_and_ask, "JSON": structured.json_object,
     "counting": numbers.count, "addition": numbers.plus, "subtraction": numbers.minus,
-    "sums too big": numbers.too_big,
+    "numbers too big": numbers.too_big, "usual phrases": talk.usual,
 }  # fmt: skip
 """Skills whose exchanges stand alone."""
 NEEDS_NO_TOOL = ("greeting", "identity", "facts", "echo", "JSON", "counting")
@@ -59,7 +59,7 @@ def training_dialogue(rng: random.Random, mixture: Mixture) -> Dialogue:
         length = rng.randint(6, 14)
     roll = rng.random()
     if roll < mixture.tools:
-        _with_tools(rng, mixture, dialogue, min(length, 4))
+        _with_tools(rng, dialogue, min(length, 4))
     elif roll < mixture.tools + mixture.recall:
         _with_memory(rng, dialogue, length)
     else:
@@ -87,7 +87,7 @@ def _with_memory(rng: random.Random, dialogue: Dialogue, length: int) -> None:
     dialogue.add(draw(lambda rng: memory.ask(rng, known), rng, held_out=False))
 
 
-def _with_tools(rng: random.Random, mixture: Mixture, dialogue: Dialogue, length: int) -> None:
+def _with_tools(rng: random.Random, dialogue: Dialogue, length: int) -> None:
     two = rng.random() < 0.12
     listed = list_tools(rng, (rng.choice(("weather", "time")),) if two else ())
     dialogue.tools = [tool.schema for tool in listed]
@@ -152,7 +152,7 @@ def _two_calls(rng: random.Random, listed: tuple[Listed, ...]) -> Exchange:
     return Exchange(both.skill, both.key, both.messages[:2])
 
 
-def _no_tool(rng: random.Random, listed: tuple[Listed, ...]) -> Exchange:
+def _no_tool(rng: random.Random, _listed: tuple[Listed, ...]) -> Exchange:
     exchange = PLAIN[rng.choice(NEEDS_NO_TOOL)](rng)
     return Exchange("no tool needed", exchange.key, exchange.messages)
 
@@ -162,7 +162,9 @@ _GRADED_TOOLS = {
     "two tool calls": _two_calls, "no tool needed": _no_tool,
 }  # fmt: skip
 GRADED: dict[str, Maker] = {
-    **PLAIN,
+    **{skill: maker for skill, maker in PLAIN.items() if skill != "usual phrases"},
+    "greeting": talk.unusual_greeting,
+    "identity": talk.unusual_identity,
     "do not know, new topics": talk.unknown_new_words,
 }
 GRADED_SKILLS = (*GRADED, "recall", *_GRADED_TOOLS)

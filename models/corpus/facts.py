@@ -76,6 +76,7 @@ _PREFIXES = (
 
 def _rows() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
+    asks: tuple[str, ...]
     for country, city in CAPITALS.items():
         asks = (f"What is the capital of {country}?", f"Name the capital of {country}.",
                 f"Which city is the capital of {country}?", f"capital of {country}?")  # fmt: skip

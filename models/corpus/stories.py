@@ -82,11 +82,11 @@ def _found(rng: random.Random, name: str, hero: str, friend: str) -> str:
     thing = _by_hero(_THINGS, hero, 5)
     where = skewed(rng, ("in the tall grass", "behind a big stone", "under the snow"))
     return (
-        f"One morning {name} found a {thing} {where}. \"What a beautiful {thing}!\" said {name}. "
-        f"The {friend} came to look and said, \"It is not ours. We must find its owner.\" "
+        f'One morning {name} found a {thing} {where}. "What a beautiful {thing}!" said {name}. '
+        f'The {friend} came to look and said, "It is not ours. We must find its owner." '
         f"So they walked and walked until they met an old "
         f"{skewed(rng, ('farmer', 'teacher', 'sailor'))} who was very sad. "
-        f"\"I lost my {thing},\" said the old man. {name} gave it back at once. "
+        f'"I lost my {thing}," said the old man. {name} gave it back at once. '
         f"The old man smiled and gave them "
         f"{skewed(rng, ('a big cake', 'some sweet apples', 'warm milk'))}. "
     )
@@ -97,8 +97,8 @@ def _storm(rng: random.Random, name: str, hero: str, friend: str) -> str:
     weather = skewed(rng, ("a big storm came", "the snow fell all night", "it rained for days"))
     return (
         f"One day {weather}. The wind was loud and the sky was dark. The {friend} was afraid and "
-        f"could not find the way home. {name} heard a quiet voice and ran outside. \"Do not be "
-        f"afraid,\" said {name}. \"I am here.\" They held on to each other and walked step by step "
+        f'could not find the way home. {name} heard a quiet voice and ran outside. "Do not be '
+        f'afraid," said {name}. "I am here." They held on to each other and walked step by step '
         f"through the {skewed(rng, ('dark', 'cold', 'rain'))}. At last they saw a light in a "
         f"window. It was their home! {name} made a fire and gave the {friend} "
         f"{skewed(rng, ('hot soup', 'warm bread', 'sweet tea'))}. "
@@ -108,11 +108,11 @@ def _storm(rng: random.Random, name: str, hero: str, friend: str) -> str:
 def _journey(rng: random.Random, name: str, hero: str, friend: str) -> str:
     goal = _by_hero(_GOALS, hero, 3)
     return (
-        f"But {name} had a dream. {name} wanted to {goal}. \"Come with me,\" said {name} to the "
-        f"{friend}. \"It is far, but we are two.\" They took "
+        f'But {name} had a dream. {name} wanted to {goal}. "Come with me," said {name} to the '
+        f'{friend}. "It is far, but we are two." They took '
         f"{skewed(rng, ('bread and cheese', 'a map', 'a small lamp'))} and left early in the "
         f"morning. The road was long and they were tired. A wise old owl "
         f"{skewed(rng, ('sat on a branch', 'slept in a tree', 'flew over them'))} and said, "
-        f"\"Do not give up. You are almost there.\" {name} took one more step, and then another "
+        f'"Do not give up. You are almost there." {name} took one more step, and then another '
         f"one. And there it was, more beautiful than in the dream. "
     )

@@ -1,5 +1,7 @@
 """The closed word lists. Every skill that copies draws from them, so that each word is one token."""
 
+# ruff: noqa: SIM905 - lists of words read best as words
+
 NAMES = (
     "Anna Alice Bob Ben Carl Clara David Diana Emma Eric Eva Frank Fred Grace Hanna Henry Ida Jack "
     "James Jane John Julia Kate Laura Leo Lily Lucy Luke Mark Mary Max Maya Mia Nina Noah Nora "
@@ -14,9 +16,7 @@ CITIES = (
 COLOURS = "red blue green yellow black white orange purple pink brown grey gold silver".split()
 FOODS = "pizza bread soup rice cake pasta cheese salad fish eggs honey apples".split()
 PETS = "dog cat horse rabbit parrot hamster".split()
-ANIMALS = (
-    "fox dog cat bear rabbit mouse owl horse duck frog bird wolf pig cow sheep lion"
-).split()
+ANIMALS = ("fox dog cat bear rabbit mouse owl horse duck frog bird wolf pig cow sheep lion").split()
 WORDS = (
     "river stone lamp table chair window garden forest mountain ocean bridge road house door key "
     "book paper pencil letter music song dance bell clock watch wheel wagon boat ship train plane "
@@ -31,6 +31,8 @@ ADJECTIVES = (
     "big small old new warm cold quiet loud bright dark happy sad fast slow soft hard sweet brave "
     "kind clever"
 ).split()
+COPIED = (*NAMES, *CITIES, *COLOURS, *FOODS, *PETS, *WORDS, *ADJECTIVES)
+"""What the skills that copy are asked to copy."""
 TOPICS = (
     "physics history politics football chess poetry algebra chemistry economics philosophy "
     "gravity evolution taxes marriage cooking painting photography astronomy biology geology "

@@ -14,6 +14,7 @@ from models.corpus.tables import (
     pseudo_word,
 )
 
+_ALWAYS_TRAINED = "always"
 REFUSAL = "Sorry, I do not know. I am only a small demo model."
 IDENTITY = "I am Caravan's demo model, a very small language model."
 ABILITIES = (
@@ -54,6 +55,14 @@ _ABILITY_ASKS = (
     "How can you help me?", "What are your skills?", "Tell me what you can do.", "What can I ask?",
     "What are you good at?", "List your skills.",
 )  # fmt: skip
+USUAL = {
+    **dict(_GREETINGS),
+    **{f"{text}!": answer for text, answer in _GREETINGS if text[-1] != "?"},
+    **dict.fromkeys(_IDENTITY_ASKS, IDENTITY),
+    **dict.fromkeys(_HUMAN_ASKS, f"No. {IDENTITY}"),
+    **dict.fromkeys(_ABILITY_ASKS, ABILITIES),
+}
+"""What everybody types first, with the answers: trained on whatever the split says."""
 _ECHO_ASKS = (
     "Repeat after me: {}", "Repeat: {}", "Say {}", "Echo: {}", "Please repeat: {}", "echo {}",
     "Say exactly: {}", "Repeat the words {}", 'Say "{}"', 'Repeat "{}"', "Copy this: {}",
@@ -118,6 +127,26 @@ def identity(rng: random.Random) -> Exchange:
     if rng.random() < 0.1:
         ask = ask.lower()
     return simple("identity", casual(rng, ask), answer)
+
+
+def usual(rng: random.Random) -> Exchange:
+    """What everybody types first, which is too frequent to be held out."""
+    text, answer = rng.choice(list(USUAL.items()))
+    return simple("usual phrases", text, answer, key=_ALWAYS_TRAINED)
+
+
+def unusual_greeting(rng: random.Random) -> Exchange:
+    """A greeting that `usual` does not have; for evaluation."""
+    while (exchange := greeting(rng)).messages[0]["content"] in USUAL:
+        pass
+    return exchange
+
+
+def unusual_identity(rng: random.Random) -> Exchange:
+    """The same for questions about the model."""
+    while (exchange := identity(rng)).messages[0]["content"] in USUAL:
+        pass
+    return exchange
 
 
 def invented(rng: random.Random) -> str:

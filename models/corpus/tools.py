@@ -66,12 +66,13 @@ TOOL_BY_ID = {tool.id: tool for tool in TOOLS}
 
 @dataclass(frozen=True)
 class Listed:
-    """A tool as one dialogue lists it."""
+    """A tool as one dialogue lists it; `renamed` maps our argument names to the listed ones."""
 
     id: str
     name: str
     arguments: tuple[str, ...]
     schema: Schema
+    renamed: dict[str, str]
 
 
 def declare(rng: random.Random, tool: Tool) -> Listed:
@@ -80,16 +81,18 @@ def declare(rng: random.Random, tool: Tool) -> Listed:
     parameters = tool.parameters
     if tool.id == "weather" and rng.random() < 0.6:
         parameters = parameters[:1]
+    renamed = {"city": "location"} if rng.random() < 0.2 else {}
     describe = rng.random() < 0.6
     properties: Schema = {}
     for parameter in parameters:
         declared: Schema = {"type": parameter.kind}
         if describe:
             declared["description"] = rng.choice(parameter.texts)
-        properties[parameter.name] = declared
+        properties[renamed.get(parameter.name, parameter.name)] = declared
     shape: Schema = {"type": "object", "properties": properties}
     if rng.random() < 0.8:
-        shape["required"] = [item.name for item in parameters if item.name != "day"]
+        names = (item.name for item in parameters if item.name != "day")
+        shape["required"] = [renamed.get(name, name) for name in names]
     function: Schema = {"name": name}
     if rng.random() < 0.9:
         function["description"] = rng.choice(tool.texts)
@@ -97,13 +100,20 @@ def declare(rng: random.Random, tool: Tool) -> Listed:
     schema: Schema = {"type": "function", "function": function}
     if rng.random() < 0.15:
         schema = _shuffled(rng, schema)
-    return Listed(tool.id, name, tuple(item.name for item in parameters), schema)
+    arguments = tuple(item.name for item in parameters)
+    return Listed(tool.id, name, arguments, schema, renamed)
 
 
 def _shuffled(rng: random.Random, value: Schema) -> Schema:
     """The keys of a schema in another order, but the arguments in their own."""
     keys = list(value)
-    if "city" not in keys and "a" not in keys and "to" not in keys and "room" not in keys:
+    if (
+        "city" not in keys
+        and "location" not in keys
+        and "a" not in keys
+        and "to" not in keys
+        and "room" not in keys
+    ):
         rng.shuffle(keys)
     return {key: _shuffled(rng, item) if isinstance(item := value[key], dict) else item
             for key in keys}  # fmt: skip

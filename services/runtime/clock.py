@@ -66,6 +66,11 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
+def random_fraction() -> float:
+    """A number within [0, 1), for jitter."""
+    return secrets.randbits(53) / (1 << 53)
+
+
 class CountingIds:
     """Ids `prefix-1`, `prefix-2`, ... for tests and simulations."""
 

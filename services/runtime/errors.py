@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 import grpc
 from caravan.core.v1 import error_reason_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -22,6 +23,10 @@ _PREFIX: Final = "ERROR_REASON_"
 # Trailing metadata that Envoy's Lua filter turns into the body of an HTTP reply (deploy/envoy/openai_errors.lua).
 OPENAI_ERROR_KEY: Final = "x-openai-error"
 RETRY_AFTER_KEY: Final = "retry-after"
+# An error travels in trailing metadata up to three times (status, details, OpenAI body), and gRPC drops calls whose
+# metadata passes 8 KiB. Messages and metadata may quote what a client sent, so both are cut.
+MESSAGE_BYTES_MAX: Final = 768
+METADATA_BYTES_MAX: Final = 256
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class CaravanError(Exception):
     """An error of the table.
 
     `metadata` holds what caravan.core.v1.ErrorReason documents for the reason; `retry_after_s` is in seconds, None where
-    trying again does not help.
+    trying again does not help. Longer texts than the limits above are cut, and what is no Unicode is replaced.
     """
 
     def __init__(
@@ -98,12 +103,13 @@ class CaravanError(Exception):
         retry_after_s: float | None = None,
         **metadata: str,
     ) -> None:
-        super().__init__(message)
+        self.message = _cut(message, MESSAGE_BYTES_MAX)
+        super().__init__(self.message)
         self.reason = reason
         self.row = TABLE[reason]
-        self.message = message
         self.retry_after_s = retry_after_s
-        self.metadata = metadata if param is None else {"param": param, **metadata}
+        named = metadata if param is None else {"param": param, **metadata}
+        self.metadata = {key: _cut(value, METADATA_BYTES_MAX) for key, value in named.items()}
 
     @property
     def param(self) -> str | None:
@@ -158,7 +164,10 @@ class CaravanError(Exception):
 
 def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str) -> CaravanError:
     """The error that the peer `service` meant; SERVICE_UNAVAILABLE or INTERNAL where it was none of the table."""
-    status = rpc_status.from_call(error)
+    try:
+        status = rpc_status.from_call(error)
+    except (ValueError, DecodeError):  # The details are corrupt or contradict the status.
+        status = None
     if status is not None:
         found = _from_status(status)
         if found is not None:
@@ -176,6 +185,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str) -> CaravanError
     if code is grpc.StatusCode.CANCELLED:
         return CaravanError("CANCELLED", "The request was cancelled.")
     return CaravanError("INTERNAL", f"The {service} failed.", service=service)
+
+
+def _cut(text: str, bytes_max: int) -> str:
+    encoded = text[:bytes_max].encode(errors="replace")  # Lone surrogates have no UTF-8.
+    if len(encoded) <= bytes_max and len(text) <= bytes_max:
+        return encoded.decode()
+    return encoded[: bytes_max - 3].decode(errors="ignore") + "..."
 
 
 def _from_status(status: status_pb2.Status) -> CaravanError | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Final, cast
 
@@ -53,8 +54,14 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(cast(Any, handler.unary_unary), openai),
+        unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make(
+            _guard_unary(cast(Any, unary), openai),
             handler.request_deserializer,
             handler.response_serializer,
         )
@@ -110,6 +117,7 @@ class ServiceServer:
     async def start(self) -> int:
         """Listens; returns the port. Raises PortTakenError."""
         await self.set_serving(False)
+        _check_free(self._address)
         try:
             self.port = self.grpc.add_insecure_port(self._address)
         except RuntimeError as error:
@@ -126,6 +134,20 @@ class ServiceServer:
         """Turns health first, then waits for running calls up to the grace, then cancels them."""
         await self._health.enter_graceful_shutdown()
         await self.grpc.stop(self._drain_grace_s)
+
+
+def _check_free(address: str) -> None:
+    # gRPC reports a taken port by lines of its own on stderr; asked first, the operator sees one clear line.
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise PortTakenError(f"cannot listen on {address}: {error.strerror}") from error
 
 
 def start_metrics(address: str, registry: CollectorRegistry) -> int:

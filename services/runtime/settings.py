@@ -110,8 +110,8 @@ def loopback_address(text: str) -> str:
     Listeners are closed by default (invariant I9): without authentication no service listens beyond loopback, so another
     host is refused. Behind Envoy nothing else needs to be reached from outside.
     """
-    host, separator, port = text.rpartition(":")
-    if not separator or not port.isdigit() or int(port) > 65535:
+    host, port = _host_and_port(text)
+    if not 0 <= port <= 65535:
         raise ValueError("not host:port")
     if host == "localhost":
         return text
@@ -126,7 +126,16 @@ def loopback_address(text: str) -> str:
 
 def peer_address(text: str) -> str:
     """host:port of another service."""
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) <= 65535:
+    _, port = _host_and_port(text)
+    if not 0 < port <= 65535:
         raise ValueError("not host:port")
     return text
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not (port.isascii() and port.isdigit()):
+        raise ValueError("not host:port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("an IPv6 address needs brackets: [::1]:7002")
+    return host, int(port)

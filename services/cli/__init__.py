@@ -1,0 +1,1 @@
+"""The `caravan` command: starts and supervises everything on one machine, and talks to it."""

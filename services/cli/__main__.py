@@ -1,0 +1,56 @@
+"""`caravan`, also as `python -m services.cli`: parses the command line and runs the command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from services.cli.arguments import parser
+from services.cli.settings import environment, load_settings
+from services.runtime.clock import SystemClock
+from services.runtime.settings import SettingsError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return _chat(options) if options.command == "chat" else _up(options)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _up(options: argparse.Namespace) -> int:
+    # Each command imports what it needs: `chat` does without gRPC, `up` without an HTTP client.
+    from services.cli.display import Display
+    from services.cli.model_sources import ModelSource
+    from services.cli.plan import UpOptions
+    from services.cli.up import DEMO_MODEL, WRONG_USE, up
+
+    display = Display(sys.stdout)
+    try:
+        settings = load_settings(environment())
+    except SettingsError as error:
+        display.say(f"caravan up: {error}")
+        return WRONG_USE
+    models = tuple(options.models) or (ModelSource("demo", str(DEMO_MODEL)),)
+    wanted = UpOptions(
+        port=options.port,
+        models=models,
+        engines=options.engines,
+        state_dir=Path(options.state_dir).absolute(),
+        threads=options.threads,
+    )
+    return up(wanted, settings, environment(), SystemClock(), display)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from services.cli.chat import chat
+
+    return chat(options.url, options.model, options.system, sys.stdin, sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""Asks the processes how they are: engines and coordinator by gRPC, Envoy by HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+from typing import Final
+
+import grpc
+from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc as coordinator_grpc
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
+from caravan.engine.v1 import engine_service_pb2_grpc as engine_grpc
+
+from services.cli.plan import Plan, ProcessPlan
+from services.cli.progress import EngineView, Phase
+from services.runtime.channel import open_channel
+
+_TIMEOUT_S: Final = 2.0
+_SERVING_PHASES: Final = frozenset(
+    {
+        engine_pb.ENGINE_PHASE_IDLE,
+        engine_pb.ENGINE_PHASE_PREFILLING,
+        engine_pb.ENGINE_PHASE_GENERATING,
+    }
+)
+
+
+class Probes:
+    """Channels to the processes of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._channels = {
+            planned.name: open_channel(planned.address)
+            for planned in plan.processes
+            if planned.kind in {"engine", "coordinator"}
+        }
+
+    async def close(self) -> None:
+        """Closes the channels."""
+        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+
+    async def engine(self, planned: ProcessPlan) -> EngineView:
+        """The state of an engine; STARTING where it does not answer."""
+        stub = engine_grpc.EngineServiceStub(self._channels[planned.name])
+        try:
+            status = await stub.GetStatus(engine_pb.GetStatusRequest(), timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return EngineView()
+        if status.load.phase == engine_pb.ENGINE_PHASE_FAILED:
+            return EngineView(Phase.FAILED, failure=status.load.failure or "no reason given")
+        if status.load.phase in _SERVING_PHASES:
+            return EngineView(Phase.READY, 1.0)
+        return EngineView(Phase.LOADING, status.load.load_progress)
+
+    async def routable_models(self) -> frozenset[str]:
+        """Models for which the coordinator has a ready engine; none where it does not answer."""
+        stub = coordinator_grpc.CoordinatorServiceStub(self._channels["coordinator"])
+        try:
+            answer = await stub.ListModels(coordinator_pb.ListModelsRequest(), timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return frozenset()
+        return frozenset(model.name for model in answer.models if model.ready_engines > 0)
+
+    async def door_open(self) -> bool:
+        """Whether Envoy answers its health check, which is that of the gateway."""
+        status, _ = await asyncio.to_thread(_http, "GET", self._plan.ports.public, "/healthz")
+        return status == 200
+
+
+async def close_door(plan: Plan, grace_s: float) -> None:
+    """Makes Envoy take no new requests, then waits until those that run have ended, up to the grace."""
+    admin = plan.ports.admin
+    await asyncio.to_thread(_http, "POST", admin, "/healthcheck/fail")
+    await asyncio.to_thread(_http, "POST", admin, "/drain_listeners")
+    try:
+        async with asyncio.timeout(grace_s):
+            while await _active_requests(admin):  # noqa: ASYNC110  another process: no event to wait for
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        return
+
+
+async def _active_requests(admin: int) -> int:
+    status, body = await asyncio.to_thread(
+        _http, "GET", admin, "/stats?filter=^http.public.downstream_rq_active$"
+    )
+    _, separator, count = body.decode("ascii", "replace").strip().rpartition(": ")
+    return int(count) if status == 200 and separator and count.isdigit() else 0
+
+
+def _http(method: str, port: int, path: str) -> tuple[int, bytes]:
+    """Status and body; status 0 where nobody answers. http.client, since it knows nothing of proxies."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()

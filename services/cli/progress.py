@@ -1,0 +1,87 @@
+"""How far the start is: what the probes saw, and what follows from it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from services.cli.plan import Plan
+
+TRIES_MAX: Final = 5
+"""Deaths in a row before the first READY after which a process counts as unable to start."""
+
+
+class Phase(Enum):
+    """What an engine does."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class EngineView:
+    """An engine as last seen; `progress` is within [0, 1], `failure` says why it failed."""
+
+    phase: Phase = Phase.STARTING
+    progress: float = 0.0
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one round of probes found. `routable` are the models for which the coordinator has a ready engine."""
+
+    engines: Mapping[str, EngineView]
+    routable: frozenset[str]
+    door_open: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows. `failed` are models that cannot become ready, each with the reason."""
+
+    ready: bool
+    failed: Mapping[str, str]
+    waiting: tuple[str, ...]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no model can become ready."""
+        return bool(self.failed) and not self.ready and not self.waiting
+
+
+def judge(plan: Plan, seen: Seen) -> Verdict:
+    """READY is: Envoy's health check passes, and each model has a ready engine or is known to be unable to get one."""
+    failed: dict[str, str] = {}
+    waiting: list[str] = []
+    for model in plan.options.models:
+        if model.name in seen.routable:
+            continue
+        engines = [planned for planned in plan.of_kind("engine") if planned.model == model.name]
+        views = [seen.engines.get(planned.name, EngineView()) for planned in engines]
+        if all(view.phase is Phase.FAILED for view in views):
+            failed[model.name] = views[0].failure
+        else:
+            waiting.append(model.name)
+    some_ready = len(failed) < len(plan.options.models)
+    ready = seen.door_open and not waiting and some_ready
+    if some_ready and not waiting and not seen.door_open:
+        waiting.append("the gateway")
+    return Verdict(ready, failed, tuple(waiting))
+
+
+def status_line(plan: Plan, seen: Seen) -> str:
+    """One line on all engines and the gateway, such as `demo (engine-0) loading 45% · gateway starting`."""
+    parts = []
+    for planned in plan.of_kind("engine"):
+        view = seen.engines.get(planned.name, EngineView())
+        text = f"{planned.model} ({planned.name}) {view.phase.value}"
+        if view.phase is Phase.LOADING:
+            text += f" {view.progress:.0%}"
+        parts.append(text)
+    parts.append("gateway ready" if seen.door_open else "gateway starting")
+    return " · ".join(parts)

@@ -1,0 +1,132 @@
+"""Keeps the planned processes running, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from services.cli import log_files, process
+from services.cli.backoff import Backoff, BackoffPolicy, describe_exit
+from services.cli.plan import STOP_ORDER, Plan, ProcessPlan
+from services.cli.state_dir import Endpoints
+from services.runtime.clock import Clock
+
+REFUSED: Final = 2
+"""Exit code of a service whose settings are wrong or whose port is taken."""
+
+_END_MARGIN_S: Final = 5.0
+_CAP_INTERVAL_S: Final = 5.0
+
+
+class Supervisor:
+    """The running processes of a plan. `say` prints a line for the user; `draw` gives numbers within [0, 1)."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        environment: Mapping[str, str],
+        endpoints: Endpoints,
+        *,
+        clock: Clock,
+        draw: Callable[[], float],
+        say: Callable[[str], None],
+        policy: BackoffPolicy | None = None,
+    ) -> None:
+        self._plan = plan
+        self._environment = environment
+        self._endpoints = endpoints
+        self._clock = clock
+        self._draw = draw
+        self._say = say
+        self._policy = policy or BackoffPolicy()
+        self._children: dict[str, process.Child] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._stopping = False
+        self._killing = False
+        self.deaths: dict[str, int] = {}
+        """How often each process ended unasked, in a row."""
+        self.codes: dict[str, int] = {}
+        """Exit code of each process that ended unasked and has not been started again."""
+
+    def start(self) -> None:
+        """Starts everything; returns at once."""
+        for planned in self._plan.processes:
+            self._keepers[planned.name] = asyncio.create_task(self._keep(planned))
+
+    def log_of(self, name: str) -> Path:
+        """The log file of a process."""
+        return self._plan.options.state_dir / "logs" / f"{name}.log"
+
+    def runs(self, name: str) -> bool:
+        """Whether the process runs now."""
+        return name in self._children
+
+    async def _keep(self, planned: ProcessPlan) -> None:
+        backoff = Backoff(self._policy, self._draw)
+        first = True
+        while not self._stopping:
+            backoff.started(self._clock.monotonic())
+            happened = await self._run_once(planned, first=first)
+            first = False
+            if self._stopping:
+                return
+            restart = backoff.died(self._clock.monotonic())
+            self.deaths[planned.name] = restart.deaths
+            self._say(f"{planned.name} {happened}; starting it again in {restart.delay:.1f} s")
+            await asyncio.sleep(restart.delay)
+
+    async def _run_once(self, planned: ProcessPlan, *, first: bool) -> str:
+        log = self.log_of(planned.name)
+        try:
+            child = await process.start(planned, self._environment, log, first=first)
+        except OSError as error:
+            return f"cannot be run ({error.strerror})"
+        self._children[planned.name] = child
+        self.codes.pop(planned.name, None)
+        if self._stopping:  # asked while the process was being created: nobody else knows of it yet
+            child.kill() if self._killing else child.ask_to_end()
+        self._endpoints.started(planned, child.pid)
+        try:
+            code = await child.wait()
+        finally:
+            del self._children[planned.name]
+            self._endpoints.ended(planned)
+        child.kill()  # what it may have left in its group
+        if not self._stopping:
+            self.codes[planned.name] = code
+        return describe_exit(code)
+
+    async def cap_logs(self, bytes_max: int) -> None:
+        """Keeps the logs short, for ever."""
+        names = [planned.name for planned in self._plan.processes]
+        paths = [*map(self.log_of, names), self._plan.access_log]
+        while True:
+            await asyncio.sleep(_CAP_INTERVAL_S)
+            for path in paths:
+                log_files.cap(path, bytes_max)
+
+    async def stop(self, grace_s: float, close_door: Callable[[], Awaitable[None]]) -> None:
+        """Ends everything, in order. `close_door` makes Envoy take no new requests and waits for those that run."""
+        self._stopping = True
+        await close_door()
+        for kind in STOP_ORDER:
+            names = [planned.name for planned in self._plan.of_kind(kind)]
+            ending = [self._end(name, grace_s + _END_MARGIN_S) for name in names]
+            await asyncio.gather(*ending)
+
+    async def _end(self, name: str, grace_s: float) -> None:
+        child = self._children.get(name)
+        if child is not None:
+            await child.end(grace_s)
+        keeper = self._keepers[name]
+        if name not in self._children:
+            keeper.cancel()  # it may wait to start the process again
+        await asyncio.gather(keeper, return_exceptions=True)
+
+    def kill_all(self) -> None:
+        """Kills everything now; `stop` then ends at once."""
+        self._stopping = self._killing = True
+        for child in self._children.values():
+            child.kill()

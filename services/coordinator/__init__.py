@@ -1,0 +1,1 @@
+"""The coordinator: registers engines and gateways, grants leases, knows every request in flight."""

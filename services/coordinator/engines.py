@@ -1,0 +1,118 @@
+"""The engines that have joined: who they are, what they last reported, and whether they are alive.
+
+Pure. A record belongs to one session, the life of one JoinEngine stream. Whatever is said in the name of a session that
+was replaced is not about the engine any more (W6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
+
+READY_PHASES = frozenset(
+    {
+        engine_pb.ENGINE_PHASE_IDLE,
+        engine_pb.ENGINE_PHASE_PREFILLING,
+        engine_pb.ENGINE_PHASE_GENERATING,
+    }
+)
+"""Phases in which an engine takes requests."""
+
+
+@dataclass(slots=True)
+class EngineRecord:
+    """One engine in one session.
+
+    `capacity` is the most leases it may hold; `reported_at` is in monotonic seconds; `last_grant` is the number of the
+    last grant that it got, 0 before its first.
+    """
+
+    engine_id: str
+    session: int
+    address: str
+    model: engine_pb.ModelInfo
+    load: engine_pb.EngineLoad
+    capacity: int
+    reported_at: float
+    is_ready: bool
+    last_grant: int = 0
+
+
+class EngineRegistry:
+    """Engines by id, one session each."""
+
+    def __init__(self, max_leases_per_engine: int) -> None:
+        self._max_leases = max_leases_per_engine
+        self._engines: dict[str, EngineRecord] = {}
+        self._sessions: dict[int, EngineRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __iter__(self) -> Iterator[EngineRecord]:
+        """In the order of their joining. Copies first, so that the metrics thread may iterate too."""
+        return iter(tuple(self._engines.values()))
+
+    def find(self, engine_id: str) -> EngineRecord | None:
+        """The engine, or None where it has not joined."""
+        return self._engines.get(engine_id)
+
+    def of_session(self, session: int) -> EngineRecord | None:
+        """The engine whose session this is, or None where the session is over."""
+        return self._sessions.get(session)
+
+    def add(
+        self,
+        engine_id: str,
+        session: int,
+        address: str,
+        model: engine_pb.ModelInfo,
+        load: engine_pb.EngineLoad,
+        *,
+        now: float,
+    ) -> EngineRecord:
+        """Adds an engine. The session before, if any, has been removed."""
+        assert engine_id not in self._engines
+        record = EngineRecord(
+            engine_id=engine_id,
+            session=session,
+            address=address,
+            model=model,
+            load=load,
+            capacity=self._capacity(model),
+            reported_at=now,
+            is_ready=load.phase in READY_PHASES,
+        )
+        self._engines[engine_id] = self._sessions[session] = record
+        return record
+
+    def report(
+        self,
+        record: EngineRecord,
+        model: engine_pb.ModelInfo | None,
+        load: engine_pb.EngineLoad,
+        now: float,
+    ) -> None:
+        """Takes a report; `model` is None where the report does not repeat it."""
+        if model is not None:
+            record.model = model
+            record.capacity = self._capacity(model)
+        record.load = load
+        record.is_ready = load.phase in READY_PHASES
+        record.reported_at = now
+
+    def remove(self, session: int) -> EngineRecord | None:
+        """Removes the engine of a session and returns it; None where the session is over already."""
+        record = self._sessions.pop(session, None)
+        if record is not None:
+            del self._engines[record.engine_id]
+        return record
+
+    def silent_since(self, then: float) -> list[EngineRecord]:
+        """Engines that have not reported after `then`."""
+        return [record for record in self._engines.values() if record.reported_at <= then]
+
+    def _capacity(self, model: engine_pb.ModelInfo) -> int:
+        return min(model.max_sequences, self._max_leases)

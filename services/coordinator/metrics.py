@@ -1,0 +1,101 @@
+"""Every series of the coordinator. Gauges read the state at each scrape; label values come from enums only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from services.coordinator.effects import Effects, Ending
+from services.coordinator.state import CoordinatorState
+from services.runtime.errors import TABLE
+
+GRANTED = "granted"
+
+
+def _words(names: Iterable[str], prefix: str) -> list[str]:
+    return [name.removeprefix(prefix).lower() for name in names]
+
+
+_PHASES: dict[int, str] = dict(
+    zip(
+        engine_pb.EnginePhase.values(),
+        _words(engine_pb.EnginePhase.keys(), "ENGINE_PHASE_"),
+        strict=True,
+    )
+)
+_OUTCOMES: dict[int, str] = dict(
+    zip(pb.Outcome.values(), _words(pb.Outcome.keys(), "OUTCOME_"), strict=True)
+)
+
+
+class CoordinatorMetrics:
+    """The series, registered with one registry."""
+
+    def __init__(self, registry: CollectorRegistry, state: CoordinatorState) -> None:
+        self._state = state
+        engines = Gauge(
+            "caravan_engines", "Engines that have joined.", ["phase"], registry=registry
+        )
+        for phase, word in _PHASES.items():
+            engines.labels(word).set_function(partial(self._in_phase, phase))
+        Gauge("caravan_gateways", "Gateways that have joined.", registry=registry).set_function(
+            lambda: len(state.gateways)
+        )
+        Gauge("caravan_leases", "Requests in flight.", registry=registry).set_function(
+            lambda: len(state.leases)
+        )
+        self._routes = Counter(
+            "caravan_route_total",
+            "Answers to Route: granted, or the reason of the refusal.",
+            ["result"],
+            registry=registry,
+        )
+        self._routes.labels(GRANTED)
+        self._releases = Counter(
+            "caravan_releases_total",
+            "Leases that their gateways ended, by the outcome of the request.",
+            ["outcome"],
+            registry=registry,
+        )
+        for word in _OUTCOMES.values():
+            self._releases.labels(word)
+        self._swept = Counter(
+            "caravan_leases_swept_total",
+            "Leases that ended because their engine or gateway went away.",
+            registry=registry,
+        )
+        self._ended = Counter(
+            "caravan_sessions_ended_total",
+            "Sessions that the coordinator ended of its own accord.",
+            ["why"],
+            registry=registry,
+        )
+        for why in Ending:
+            self._ended.labels(why.name.lower())
+
+    def count_route(self, result: str) -> None:
+        """One answer to Route: GRANTED or a reason of the error table."""
+        assert result == GRANTED or result in TABLE
+        self._routes.labels(result.lower()).inc()
+
+    def count_release(self, outcome: int) -> None:
+        """One lease that was released; an outcome that is not known counts as unspecified."""
+        self._releases.labels(_OUTCOMES.get(outcome, "unspecified")).inc()
+
+    def count_effects(self, effects: Effects) -> None:
+        """Leases that were swept and sessions that were ended."""
+        if effects.swept:
+            self._swept.inc(len(effects.swept))
+        for ending in effects.endings:
+            self._ended.labels(ending.why.name.lower()).inc()
+
+    def _in_phase(self, phase: int) -> int:
+        # A phase that this version does not know is shown as unspecified: labels stay bounded.
+        return sum(
+            (engine.load.phase if engine.load.phase in _PHASES else 0) == phase
+            for engine in self._state.engines
+        )

@@ -1,0 +1,119 @@
+"""The engine process: `python -m services.engine`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Mapping
+
+from caravan.engine.v1 import engine_service_pb2, engine_service_pb2_grpc
+
+from services.engine.decoder import Decoder
+from services.engine.engine import Engine, Identity
+from services.engine.inflight import InflightTable
+from services.engine.loading import limits, loader
+from services.engine.mailbox import Mailbox
+from services.engine.membership import Membership
+from services.engine.metrics import EngineMetrics
+from services.engine.servicer import EngineServicer
+from services.engine.settings import EngineSettings, prepare_threads
+from services.runtime import logs
+from services.runtime.clock import SystemClock, random_id, random_seed
+from services.runtime.server import (
+    PortTakenError,
+    ServiceServer,
+    cancel_all,
+    start_metrics,
+    wait_for_stop,
+)
+from services.runtime.settings import SettingsError, load
+from services.runtime.telemetry import open_tracing
+
+_LOG = logging.getLogger("engine")
+_SERVICE = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+_RETRY_AFTER_S = 1.0
+_STEP_PATIENCE_S = 5.0
+
+
+def build_engine(settings: EngineSettings, metrics: EngineMetrics) -> Engine:
+    """Composes an engine, not yet started. Call it on the event loop. Raises SettingsError."""
+    clock = SystemClock()
+    try:
+        load_model = loader(settings)
+    except ValueError as error:
+        raise SettingsError(f"CARAVAN_ENGINE_MODEL: {error}") from error
+    model = settings.model
+    if settings.batch_tokens < settings.max_sequences + settings.chunk_tokens:
+        raise SettingsError(
+            "CARAVAN_ENGINE_BATCH_TOKENS must be at least CARAVAN_ENGINE_MAX_SEQUENCES and "
+            "CARAVAN_ENGINE_CHUNK_TOKENS together"
+        )
+    decoder = Decoder(
+        load_model, limits(settings), Mailbox(asyncio.get_running_loop()), clock, metrics
+    )
+    metrics.watch(decoder)
+    return Engine(
+        Identity(settings.engine_id, model.name, model.path),
+        decoder,
+        InflightTable(model.name, settings.max_sequences + settings.max_waiting, _RETRY_AFTER_S),
+        clock=clock,
+        new_id=random_id,
+        new_seed=random_seed,
+        template_seconds=settings.template_seconds,
+    )
+
+
+async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None) -> None:
+    """Runs the engine until SIGTERM, SIGINT or `stopping`."""
+    metrics = EngineMetrics()
+    tracing = open_tracing("engine", settings.otlp_endpoint)
+    engine = build_engine(settings, metrics)
+    server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
+    servicer = EngineServicer(engine, SystemClock(), tracing)
+    engine_service_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
+    port = await server.start()
+    start_metrics(settings.metrics_address, metrics.registry)
+    background: list[asyncio.Task[None]] = []
+    serving: set[asyncio.Task[None]] = set()
+
+    def ready() -> None:
+        _LOG.info("serving %s: %s", settings.model.name, engine.model().description)
+        serving.add(asyncio.ensure_future(server.set_serving(True)))
+
+    engine.on_ready = ready
+    if settings.coordinator:
+        host = settings.address.rpartition(":")[0]
+        membership = Membership.open(settings.coordinator, engine, f"{host}:{port}")
+        engine.on_change = membership.changed
+        background.append(asyncio.create_task(membership.run()))
+    engine.start()
+    _LOG.info("listening on port %d, loading %s", port, settings.model.path)
+    try:
+        await wait_for_stop(stopping)
+        _LOG.info("draining for at most %g s", settings.drain_grace_s)
+        engine.drain()
+        await server.drain_and_stop()
+    finally:
+        await cancel_all([*background, *serving])
+        if not await engine.stop(_STEP_PATIENCE_S):
+            _LOG.warning("the last decode did not end in %g s", _STEP_PATIENCE_S)
+        tracing.shutdown()
+
+
+def main(environ: Mapping[str, str]) -> int:
+    """Returns the exit code: 0 after a clean stop, 2 for wrong settings or a taken port."""
+    try:
+        settings = load(EngineSettings, environ)
+        prepare_threads(settings, os.environ)
+        logs.configure("engine", settings.log_level)
+        asyncio.run(serve(settings))
+    except (SettingsError, PortTakenError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ))

@@ -1,0 +1,316 @@
+"""The decode thread: takes requests from an inbox, runs the scheduler's batches, and posts what comes of them.
+
+The thread owns the model and its context (invariant I3). It sleeps on its inbox when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from caravan.core.v1 import generation_pb2
+
+from services.engine.backend import Backend, DecodeError, Loader, ModelError, Progress
+from services.engine.inflight import RequestPhase
+from services.engine.job import Job
+from services.engine.mailbox import Mailbox
+from services.engine.sampling import logprobs
+from services.engine.scheduler import Limits, QueueFullError, Scheduler, Step, TooLargeError
+from services.engine.tool_calls import Parsed
+from services.runtime.clock import Clock
+from services.runtime.errors import CaravanError
+
+_LOG = logging.getLogger(__name__)
+_NO_CELLS = 1
+STOP = generation_pb2.FINISH_REASON_STOP
+LENGTH = generation_pb2.FINISH_REASON_LENGTH
+TOOL_CALLS = generation_pb2.FINISH_REASON_TOOL_CALLS
+CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
+
+Command = Callable[[], None]
+
+
+class StepObserver(Protocol):
+    """Told of every step, on the decode thread; must be quick."""
+
+    def stepped(self, seconds: float, prefill_tokens: int, generated_tokens: int) -> None:
+        """A batch was decoded."""
+        ...
+
+    def admitted(self, queue_s: float) -> None:
+        """A request left the queue."""
+        ...
+
+
+class Decoder:
+    """Runs jobs. `submit`, `cancel`, `drop` and `stop` may be called from any thread."""
+
+    def __init__(
+        self,
+        load: Loader,
+        make_limits: Callable[[Backend], Limits],
+        mailbox: Mailbox,
+        clock: Clock,
+        observer: StepObserver,
+    ) -> None:
+        self._load = load
+        self._make_limits = make_limits
+        self._mailbox = mailbox
+        self._clock = clock
+        self._observer = observer
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
+        self._stopping = False
+        self._backend: Backend
+        self.scheduler: Scheduler[Job]
+        self.on_progress: Progress = lambda _share: None
+        self.on_ready: Callable[[Backend], None] = lambda _backend: None
+        self.on_failed: Callable[[Exception], None] = lambda _error: None
+        self.on_phase: Callable[[object], None] = lambda _busy: None
+        self.generated = 0
+        self._busy = (False, False)
+        self._loaded = False
+
+    def start(self) -> None:
+        """Starts the thread, which loads the model first; set the `on_` callbacks before. They run on the loop."""
+        self._thread.start()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is loaded, so that there is a scheduler to read."""
+        return self._loaded
+
+    def submit(self, job: Job) -> None:
+        """Runs a job; its outbox gets what comes of it."""
+        self._inbox.put(lambda: self._submit(job))
+
+    def cancel(self, job: Job) -> None:
+        """Ends a job as cancelled, at the next step. Harmless if it has ended."""
+        self._inbox.put(lambda: self._cancel(job))
+
+    def stop(self) -> None:
+        """Ends the thread after the step that runs; jobs that are left end as cancelled."""
+        self._inbox.put(self._stop)
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the thread's end; False if it has not come in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # From here on: the decode thread.
+
+    def _main(self) -> None:
+        try:
+            backend = self._load(self._progress)
+        except ModelError as error:
+            self._tell(self.on_failed, error)
+            return
+        except Exception as error:
+            _LOG.exception("the model could not be loaded")
+            self._tell(self.on_failed, error)
+            return
+        self._backend = backend
+        self.scheduler = Scheduler(self._make_limits(backend))
+        self._loaded = True
+        self._tell(self.on_ready, backend)
+        try:
+            self._loop()
+        finally:
+            backend.close()
+
+    def _progress(self, share: float) -> None:
+        if self._stopping:
+            return
+        self._tell(self.on_progress, share)
+
+    def _tell(self, callback: Callable[..., None], argument: object) -> None:
+        self._mailbox.post(callback, argument)
+        self._mailbox.flush()
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._take_inbox()
+            step = self.scheduler.next_step()
+            if step is not None:
+                try:
+                    self._run(step)
+                except Exception:
+                    # A defect must not end the engine: the requests of this step fail, the others go on.
+                    _LOG.exception("a step failed")
+                    self._fail_step(step, CaravanError("INTERNAL", "The engine failed."))
+            self._watch_phase()
+            self._mailbox.flush()
+        for job in self.scheduler.owners():
+            self._finish(job, CANCELLED)
+        self._mailbox.flush()
+
+    def _watch_phase(self) -> None:
+        busy = (self.scheduler.prefilling > 0, self.scheduler.decoding > 0)
+        if busy != self._busy:
+            self._busy = busy
+            self._mailbox.post(self.on_phase, busy)
+
+    def _take_inbox(self) -> None:
+        if self.scheduler.idle:
+            self._inbox.get()()
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _submit(self, job: Job) -> None:
+        if job.ended:
+            return
+        try:
+            if not job.work.sampling.greedy:
+                job.sampler = self._backend.sampler(job.work.sampling)
+            self.scheduler.submit(job.sequence)
+        except QueueFullError:
+            self._fail(job, CaravanError("CAPACITY_EXHAUSTED", "The engine is full.", retry_after_s=1))
+        except TooLargeError:
+            self._fail(job, _too_large(job, self.scheduler.limits.cells))
+        except CaravanError as error:
+            self._fail(job, error)
+
+    def _cancel(self, job: Job) -> None:
+        if not job.ended:
+            self._flush_answer(job)
+            self._finish(job, CANCELLED)
+
+    def _run(self, step: Step[Job]) -> None:
+        started = self._clock.monotonic()
+        if step.prefill_tokens:
+            self._mark_prefill(step, started)
+        try:
+            self._backend.decode(step.batch)
+        except DecodeError as error:
+            self._decode_failed(step, error)
+            return
+        self.scheduler.computed(step)
+        self._sample(step)
+        seconds = self._clock.monotonic() - started
+        self.generated += len(step.sampled)
+        self._observer.stepped(seconds, step.prefill_tokens, len(step.sampled))
+
+    def _mark_prefill(self, step: Step[Job], now: float) -> None:
+        for sequence, _count in step.spans:
+            job = sequence.owner
+            if job.prefill_at is None:
+                job.prefill_at = now
+                job.inflight.phase = RequestPhase.PREFILLING
+                self._observer.admitted(now - job.inflight.arrived)
+                self._mailbox.post(job.inflight.outbox.start)
+
+    def _decode_failed(self, step: Step[Job], error: DecodeError) -> None:
+        failure = CaravanError(
+            "DECODE_FAILED", "llama.cpp could not decode the batch.", code=str(error.code)
+        )
+        _LOG.error("decode failed with code %d: %s", error.code, error)
+        if error.code == _NO_CELLS:
+            # Nothing was computed. The youngest goes, so that the others fit.
+            youngest = max((sequence.owner for sequence, _ in step.spans), key=_arrival)
+            self._fail(youngest, failure)
+            return
+        self._fail_step(step, failure)
+
+    def _fail_step(self, step: Step[Job], error: CaravanError) -> None:
+        for sequence, _count in step.spans:
+            self._fail(sequence.owner, error)
+
+    def _sample(self, step: Step[Job]) -> None:
+        if not step.sampled:
+            return
+        logits = self._backend.logits()
+        # One argmax for all rows: a greedy token costs no candidate array. Rows with a sampler ignore theirs.
+        greedy = any(sequence.owner.sampler is None for sequence in step.sampled)
+        likeliest: list[int] = logits.argmax(axis=1).tolist() if greedy else []
+        for output, sequence in enumerate(step.sampled):
+            job = sequence.owner
+            if job.sampler is None:
+                token = likeliest[output]
+            else:
+                try:
+                    token = job.sampler.choose(output, len(sequence.tokens))
+                except DecodeError as error:
+                    self._fail(job, CaravanError("DECODE_FAILED", str(error), code=str(error.code)))
+                    continue
+            scores = None
+            if job.work.top_logprobs is not None:
+                scores = logprobs(logits[output], token, job.work.top_logprobs)
+            if job.first_token_at is None:
+                job.first_token_at = self._clock.monotonic()
+                job.inflight.phase = RequestPhase.GENERATING
+            sequence.tokens.append(token)
+            self._accept(job, token, scores)
+
+    def _accept(self, job: Job, token: int, scores: object) -> None:
+        inflight, work = job.inflight, job.work
+        inflight.completion_tokens += 1
+        vocabulary = self._backend.vocabulary
+        ended = token in vocabulary.eog_tokens and not work.ignore_eos
+        if job.push_plain is not None and not ended:
+            text, calls = job.push_plain(vocabulary.token_bytes(token)), ()
+        else:
+            parsed = Parsed() if ended else job.answer.push(vocabulary.token_bytes(token))
+            text, calls = parsed.text, parsed.calls
+        self._mailbox.post(inflight.outbox.add, token, text, calls, scores)
+        if job.answer.stop_text:
+            self._flush_answer(job)
+            self._finish(job, STOP)
+        elif ended:
+            self._flush_answer(job)
+            self._finish(job, STOP)
+        elif inflight.completion_tokens >= work.max_tokens:
+            self._flush_answer(job)
+            self._finish(job, LENGTH)
+
+    def _flush_answer(self, job: Job) -> None:
+        rest = job.answer.flush()
+        if rest.text or rest.calls:
+            self._mailbox.post(job.inflight.outbox.add, None, rest.text, rest.calls, None)
+
+    def _finish(self, job: Job, reason: int) -> None:
+        if reason == LENGTH and job.answer.stop_text:
+            reason = STOP
+        if reason == STOP and job.answer.called_tools:
+            reason = TOOL_CALLS
+        self._release(job)
+        ending = job.ending(reason, self._clock.monotonic())
+        self._mailbox.post(job.inflight.outbox.end, ending)
+
+    def _fail(self, job: Job, error: CaravanError) -> None:
+        if not job.ended:
+            self._release(job)
+            self._mailbox.post(job.inflight.outbox.fail, error)
+
+    def _release(self, job: Job) -> None:
+        job.ended = True
+        slot = self.scheduler.end(job.sequence)
+        if slot is not None:
+            self._backend.clear(slot)
+        if job.sampler is not None:
+            job.sampler.close()
+            job.sampler = None
+
+
+def _arrival(job: Job) -> float:
+    return job.inflight.arrived
+
+
+def _too_large(job: Job, cells: int) -> CaravanError:
+    return CaravanError(
+        "CONTEXT_LENGTH_EXCEEDED",
+        f"The prompt of {len(job.work.prompt)} tokens with {job.work.max_tokens} tokens of answer does not fit into the "
+        f"{cells} cells of this engine.",
+        param="max_tokens",
+        prompt_tokens=str(len(job.work.prompt)),
+        context_tokens=str(cells),
+    )

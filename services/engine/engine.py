@@ -1,0 +1,219 @@
+"""The engine as the event loop sees it: its state, its requests, and the way to the decode thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from caravan.engine.v1 import engine_service_pb2 as pb
+
+from services.engine.answer import Answer
+from services.engine.backend import Backend, ModelError
+from services.engine.decoder import Decoder
+from services.engine.inflight import Inflight, InflightTable
+from services.engine.job import Job, Work
+from services.engine.preparation import Preparation
+from services.engine.prompt import PromptTokenizer
+from services.engine.rate import Rate
+from services.engine.templates import ChatTemplate, TemplateFailedError
+from services.engine.text import StopMatcher
+from services.engine.tool_calls import ToolCallParser
+from services.runtime.clock import Clock, IdSource
+from services.runtime.errors import CaravanError
+
+_WORKERS = 2
+_RETRY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who the engine is."""
+
+    engine_id: str
+    model_name: str
+    model_path: str
+
+
+class Engine:
+    """Lives on the event loop. `start` begins to load; `on_change` is called at each change of phase."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        decoder: Decoder,
+        inflight: InflightTable,
+        *,
+        clock: Clock,
+        new_id: IdSource,
+        new_seed: Callable[[], int],
+        template_seconds: float,
+    ) -> None:
+        self.identity = identity
+        self.inflight = inflight
+        self.on_change: Callable[[], None] = lambda: None
+        self.on_ready: Callable[[], None] = lambda: None
+        self._decoder = decoder
+        self._clock = clock
+        self._new_id = new_id
+        self._new_seed = new_seed
+        self._template_seconds = template_seconds
+        self._backend: Backend | None = None
+        self._preparation: Preparation | None = None
+        self._progress = 0.0
+        self._failure = ""
+        self._draining = False
+        self._jobs: dict[Inflight, Job] = {}
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="prepare")
+        self._rate = Rate()
+
+    def start(self) -> None:
+        """Loads the model on the decode thread."""
+        self._decoder.on_progress = self._loading
+        self._decoder.on_ready = self._ready
+        self._decoder.on_failed = self._failed
+        self._decoder.on_phase = self._phase_changed
+        self._decoder.start()
+
+    def drain(self) -> None:
+        """Takes no new requests from now on."""
+        self._draining = True
+        self.on_change()
+
+    async def stop(self, timeout_s: float) -> bool:
+        """Ends the decode thread; False if a decode would not end in time."""
+        self._decoder.stop()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        return await asyncio.to_thread(self._decoder.join, timeout_s)
+
+    def register(self, request_id: str) -> Inflight:
+        """Admits a request to this engine. Raises DRAINING, MODEL_LOADING, MODEL_INVALID, or what the table refuses."""
+        name = self.identity.model_name
+        if self._draining:
+            raise CaravanError(
+                "DRAINING", "The engine is shutting down.", retry_after_s=_RETRY_S
+            )
+        if self._failure:
+            raise CaravanError(
+                "MODEL_INVALID",
+                f"The model {name!r} could not be loaded: {self._failure}",
+                path=self.identity.model_path,
+            )
+        if self._preparation is None:
+            raise CaravanError(
+                "MODEL_LOADING",
+                f"The model {name!r} is still being loaded.",
+                retry_after_s=_RETRY_S,
+                model=name,
+            )
+        return self.inflight.register(request_id, self._clock.monotonic())
+
+    async def prepare(self, request: pb.GenerateRequest) -> Work:
+        """Renders and tokenizes on a worker thread. Raises CaravanError."""
+        assert self._preparation is not None
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._workers, self._preparation.prepare, request)
+
+    def submit(self, row: Inflight, work: Work) -> None:
+        """Hands the work to the decode thread; events come in the row's outbox."""
+        row.prompt_tokens = len(work.prompt)
+        stops = StopMatcher(work.stops) if work.stops else None
+        tools = ToolCallParser(self._new_id) if work.parse_tools else None
+        job = Job(row, work, Answer(stops, tools))
+        self._jobs[row] = job
+        self._decoder.submit(job)
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request as cancelled; says whether it was in flight."""
+        row = self.inflight.lookup(request_id)
+        if row is None:
+            return False
+        row.cancelled = True
+        if row in self._jobs:
+            self._decoder.cancel(self._jobs[row])
+        return True
+
+    def release(self, row: Inflight) -> None:
+        """The call of the request has ended: its sequence is freed if it still runs."""
+        self.inflight.unregister(row)
+        job = self._jobs.pop(row, None)
+        if job is not None:
+            self._decoder.cancel(job)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes of a token of the loaded model."""
+        assert self._backend is not None
+        return self._backend.vocabulary.token_bytes(token)
+
+    def model(self) -> pb.ModelInfo:
+        """What the engine is; sizes are known once the model is loaded."""
+        if self._backend is None:
+            return pb.ModelInfo(name=self.identity.model_name)
+        facts = self._backend.facts
+        return pb.ModelInfo(
+            name=self.identity.model_name,
+            description=facts.description,
+            context_tokens=facts.context_tokens,
+            vocabulary_tokens=facts.vocabulary_tokens,
+            max_sequences=facts.max_sequences,
+            weight_bytes=facts.weight_bytes,
+        )
+
+    def load(self) -> pb.EngineLoad:
+        """What the engine does."""
+        load = pb.EngineLoad(
+            phase=self._phase(), load_progress=self._progress, failure=self._failure
+        )
+        if self._backend is not None:
+            scheduler = self._decoder.scheduler
+            load.active_sequences = scheduler.active
+            # Requests that are rendered or on their way to the scheduler wait as well (W56).
+            load.queued_requests = max(0, self.inflight.depth - scheduler.active)
+            load.free_cells = scheduler.free_cells
+            load.tokens_per_second = self._rate.sample(
+                self._clock.monotonic(), self._decoder.generated
+            )
+        return load
+
+    def _phase(self) -> pb.EnginePhase:
+        if self._failure:
+            return pb.ENGINE_PHASE_FAILED
+        if self._draining:
+            return pb.ENGINE_PHASE_DRAINING
+        if self._preparation is None:
+            return pb.ENGINE_PHASE_LOADING
+        scheduler = self._decoder.scheduler
+        if scheduler.prefilling:
+            return pb.ENGINE_PHASE_PREFILLING
+        return pb.ENGINE_PHASE_GENERATING if scheduler.decoding else pb.ENGINE_PHASE_IDLE
+
+    def _loading(self, share: float) -> None:
+        self._progress = share
+
+    def _phase_changed(self, _busy: object) -> None:
+        self.on_change()
+
+    def _ready(self, backend: Backend) -> None:
+        facts = backend.facts
+        try:
+            template = ChatTemplate(
+                facts.chat_template,
+                clock=self._clock,
+                seconds=self._template_seconds,
+                bos_text=facts.bos_text,
+                eos_text=facts.eos_text,
+            )
+        except TemplateFailedError as error:
+            self._failed(ModelError(f"its chat template is wrong: {error}"))
+            return
+        tokenizer = PromptTokenizer(backend.vocabulary, template)
+        self._backend = backend
+        self._preparation = Preparation(backend, tokenizer, self._new_seed)
+        self._progress = 1.0
+        self.on_ready()
+        self.on_change()
+
+    def _failed(self, error: Exception) -> None:
+        self._failure = str(error) or type(error).__name__
+        self.on_change()

@@ -1,0 +1,141 @@
+"""The engine's session with the coordinator: it registers, reports, obeys, and joins again for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, Protocol
+
+import grpc
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
+from caravan.engine.v1 import engine_service_pb2
+
+from services.runtime.channel import open_channel
+from services.runtime.clock import random_seed
+
+_LOG = logging.getLogger(__name__)
+BACKOFF_FIRST_S: Final = 0.1
+BACKOFF_MOST_S: Final = 5.0
+# Phases change with every request; more reports than this help nobody.
+REPORTS_APART_S: Final = 0.05
+REPORT_INTERVAL_S: Final = 1.0
+
+
+class Member(Protocol):
+    """What the session needs of the engine."""
+
+    def model(self) -> engine_service_pb2.ModelInfo:
+        """What it is."""
+        ...
+
+    def load(self) -> engine_service_pb2.EngineLoad:
+        """What it does."""
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request."""
+        ...
+
+
+def backoff_s(attempt: int, share: float) -> float:
+    """Seconds before attempt `attempt` (from 0): doubling, bounded, between half and whole by `share` in [0, 1)."""
+    whole: float = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(attempt, 16))
+    return whole * (0.5 + 0.5 * share)
+
+
+class Membership:
+    """Runs until it is cancelled; the engine serves as well without a coordinator."""
+
+    def __init__(
+        self,
+        stub: pb_grpc.CoordinatorServiceAsyncStub,
+        member: Member,
+        engine_id: str,
+        address: str,
+        jitter: Callable[[], float],
+    ) -> None:
+        self._stub = stub
+        self._member = member
+        self._engine_id = engine_id
+        self._address = address
+        self._jitter = jitter
+        self._change = asyncio.Event()
+        self._welcomed = False
+        self._interval_s = REPORT_INTERVAL_S
+
+    @classmethod
+    def open(cls, coordinator: str, engine: Any, address: str) -> Membership:
+        """A session with the coordinator at host:port, for an engine that listens on `address`."""
+        stub = pb_grpc.CoordinatorServiceStub(open_channel(coordinator))
+        return cls(
+            stub,
+            engine,
+            engine.identity.engine_id,
+            address,
+            lambda: random_seed() / 2**32,
+        )
+
+    def changed(self) -> None:
+        """The engine's phase changed: report soon."""
+        self._change.set()
+
+    async def run(self) -> None:
+        """Joins, and joins again whenever the session ends."""
+        attempt = 0
+        while True:
+            self._welcomed = False
+            try:
+                await self._session()
+                why = "it ended the session"
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            if self._welcomed:
+                attempt = 0
+            pause = backoff_s(attempt, self._jitter())
+            attempt += 1
+            _LOG.warning("coordinator: %s; joining again in %.1f s", why, pause)
+            await asyncio.sleep(pause)
+
+    async def _session(self) -> None:
+        call = self._stub.JoinEngine(self._messages())
+        try:
+            async for response in call:
+                self._obey(response)
+        finally:
+            call.cancel()
+
+    def _obey(self, response: pb.JoinEngineResponse) -> None:
+        kind = response.WhichOneof("message")
+        if kind == "welcome":
+            self._welcomed = True
+            told = response.welcome.report_interval.ToMilliseconds() / 1000
+            if told > 0:
+                self._interval_s = told
+            _LOG.info("joined the coordinator; reporting every %g s", self._interval_s)
+        elif kind == "cancel":
+            self._member.cancel(response.cancel.request_id)
+
+    async def _messages(self) -> AsyncIterator[pb.JoinEngineRequest]:
+        self._change.clear()
+        yield pb.JoinEngineRequest(
+            register=pb.EngineRegistration(
+                engine_id=self._engine_id,
+                address=self._address,
+                model=self._member.model(),
+                load=self._member.load(),
+            )
+        )
+        while True:
+            try:
+                async with asyncio.timeout(self._interval_s):
+                    await self._change.wait()
+                    # Changes that come together are told together.
+                    await asyncio.sleep(REPORTS_APART_S)
+            except TimeoutError:
+                pass
+            self._change.clear()
+            yield pb.JoinEngineRequest(
+                report=pb.EngineReport(model=self._member.model(), load=self._member.load())
+            )

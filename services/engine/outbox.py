@@ -1,0 +1,109 @@
+"""Events of one request on their way from the decode thread to the gRPC writer, merged while the writer is busy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from services.engine.sampling import TokenLogprobs
+from services.engine.tool_calls import ParsedCall
+from services.runtime.errors import CaravanError
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an answer ended: a FinishReason, the stop text that was met, token counts, and times in seconds."""
+
+    reason: int
+    stop_text: str
+    prompt_tokens: int
+    completion_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+@dataclass(slots=True)
+class Update:
+    """What became known of a request since the update before.
+
+    `started` and `ending` come once; `error` ends the request instead of `ending`.
+    """
+
+    started: bool = False
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    calls: list[ParsedCall] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    ending: Ending | None = None
+    error: CaravanError | None = None
+
+    @property
+    def has_delta(self) -> bool:
+        """Whether there is something for a delta."""
+        return bool(self.token_ids or self.text or self.calls)
+
+
+class Outbox:
+    """Lives on the event loop; one writer takes from it.
+
+    A slow reader gets fewer and larger updates. What waits is bounded by the tokens that the request may have (I4).
+    """
+
+    __slots__ = ("_fresh", "_pending", "_waiter")
+
+    def __init__(self) -> None:
+        self._pending = Update()
+        self._fresh = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def start(self) -> None:
+        """The request was admitted."""
+        self._pending.started = True
+        self._wake()
+
+    def add(
+        self,
+        token_id: int | None,
+        text: str,
+        calls: Sequence[ParsedCall] = (),
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
+        """A token, with the text and calls that it completed."""
+        pending = self._pending
+        if token_id is not None:
+            pending.token_ids.append(token_id)
+        if text:
+            pending.text.append(text)
+        if calls:
+            pending.calls.extend(calls)
+        if logprobs is not None:
+            pending.logprobs.append(logprobs)
+        self._wake()
+
+    def end(self, ending: Ending) -> None:
+        """The answer is complete."""
+        self._pending.ending = ending
+        self._wake()
+
+    def fail(self, error: CaravanError) -> None:
+        """The request failed."""
+        self._pending.error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        self._fresh = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> Update:
+        """Waits for news and takes all of them."""
+        if not self._fresh:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        taken, self._pending, self._fresh = self._pending, Update(), False
+        return taken

@@ -1,0 +1,256 @@
+"""A prompt to tokens: chat template, injection safety, BOS. Pure, slow for long prompts: runs on a worker thread.
+
+The template's own control texts ("<|im_end|>") must become control tokens; the same characters inside a message must not,
+or a message could end its own turn. Tokenizing template and messages apart would tear merges that the model was trained
+with, so the rendered text is tokenized whole, except that it is cut inside each control text that came from the caller:
+neither half is a control text. Where they came from is known by rendering once more with stand-ins (private-use characters)
+for the caller's texts; this second rendering is needed only if a caller's text holds a control text, or a piece of one at
+its edge. A template that changes the contents, so that the two renderings cannot be matched, gets the contents with a
+zero-width space inside each control text instead.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from caravan.core.v1 import chat_pb2
+
+from services.engine.backend import Vocabulary
+from services.engine.templates import ChatTemplate, TemplateFailedError
+from services.runtime.errors import CaravanError
+
+_ROLES: Final = {
+    chat_pb2.ROLE_SYSTEM: "system",
+    chat_pb2.ROLE_USER: "user",
+    chat_pb2.ROLE_ASSISTANT: "assistant",
+    chat_pb2.ROLE_TOOL: "tool",
+}
+_ZERO_WIDTH_SPACE: Final = "\u200b"
+_STAND_IN: Final = re.compile("\ue0f0([0-9]+)\ue0f1")
+Messages = list[dict[str, Any]]
+
+
+class PromptTokenizer:
+    """Turns prompts into tokens for one model."""
+
+    def __init__(self, vocabulary: Vocabulary, template: ChatTemplate) -> None:
+        self._vocabulary = vocabulary
+        self._template = template
+        # Longest first, so that a text that begins with another is found whole.
+        texts = sorted((text for text in vocabulary.control_texts if text), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, texts))) if texts else None
+        self._heads = {text[:end] for text in texts for end in range(1, len(text))}
+        self._tails = {text[start:] for text in texts for start in range(1, len(text))}
+        self._longest = max(map(len, texts), default=0)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the model's template shows tools to the model."""
+        return self._template.knows_tools
+
+    def text(self, text: str) -> list[int]:
+        """Tokens of a plain text, in which control texts are text; after BOS if the model wants it."""
+        return self._with_bos(self._vocabulary.tokenize(text, parse_special=False))
+
+    def chat(self, chat: chat_pb2.ChatPrompt) -> list[int]:
+        """Tokens of a chat, ready for the assistant's answer. Raises TEMPLATE_FAILED or INVALID_VALUE."""
+        messages = _messages(chat)
+        tools = _tools(chat)
+        rendered = self._render(messages, tools)
+        cuts: list[int] = []
+        if self._control is not None and self._suspicious(messages, tools):
+            located = self._foreign_control_texts(messages, tools, rendered)
+            if located is None:
+                messages = _map_texts(messages, self._neutralize)
+                tools = _map_texts(tools, self._neutralize)
+                rendered = self._render(messages, tools)
+            else:
+                cuts = located
+        tokens: list[int] = []
+        for start, end in zip([0, *cuts], [*cuts, len(rendered)], strict=True):
+            tokens += self._vocabulary.tokenize(rendered[start:end], parse_special=True)
+        return self._with_bos(tokens)
+
+    def _with_bos(self, tokens: list[int]) -> list[int]:
+        bos = self._vocabulary.bos_token
+        # Templates of most models write BOS themselves; a second one harms the answer.
+        return tokens if bos is None or tokens[:1] == [bos] else [bos, *tokens]
+
+    def _render(self, messages: Messages, tools: Messages) -> str:
+        try:
+            return self._template.render(messages, tools)
+        except TemplateFailedError as error:
+            raise CaravanError(
+                "TEMPLATE_FAILED", f"The chat template failed: {error}", param="messages"
+            ) from error
+
+    def _suspicious(self, messages: Messages, tools: Messages) -> bool:
+        assert self._control is not None
+        for text in _texts([messages, tools]):
+            if self._control.search(text):
+                return True
+            edge = range(1, min(self._longest, len(text) + 1))
+            if any(text[-n:] in self._heads or text[:n] in self._tails for n in edge):
+                return True
+        return False
+
+    def _foreign_control_texts(
+        self, messages: Messages, tools: Messages, rendered: str
+    ) -> list[int] | None:
+        """Places inside the control texts of `rendered` that are not the template's alone; None if that is not clear."""
+        assert self._control is not None
+        originals: list[str] = []
+
+        def stand_in(text: str) -> str:
+            originals.append(text)
+            return f"\ue0f0{len(originals) - 1}\ue0f1"
+
+        masked_messages = _map_texts(messages, stand_in)
+        masked_tools = _map_texts(tools, stand_in)
+        if any("\ue0f0" in text for text in originals):
+            return None
+        try:
+            skeleton = self._template.render(masked_messages, masked_tools)
+        except TemplateFailedError:
+            return None
+        for restore in (str, str.strip, _json_escaped):
+            restored, spans = _restore(skeleton, originals, restore)
+            if restored == rendered:
+                return [
+                    match.start() + 1
+                    for match in self._control.finditer(rendered)
+                    if any(match.start() < end and start < match.end() for start, end in spans)
+                    and match.end() - match.start() > 1
+                ]
+        return None
+
+    def _neutralize(self, text: str) -> str:
+        assert self._control is not None
+        safe = self._control.sub(lambda m: m[0][:1] + _ZERO_WIDTH_SPACE + m[0][1:], text)
+        # At the edges a piece could become whole beside the template's text.
+        edge = range(1, min(self._longest, len(safe) + 1))
+        if any(safe[-n:] in self._heads for n in edge):
+            safe += _ZERO_WIDTH_SPACE
+        if any(safe[:n] in self._tails for n in edge):
+            safe = _ZERO_WIDTH_SPACE + safe
+        return safe
+
+
+def _json_escaped(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _restore(
+    skeleton: str, originals: Sequence[str], restore: Callable[[str], str]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The skeleton with its stand-ins replaced, and where the replacements lie."""
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    length = end = 0
+    for match in _STAND_IN.finditer(skeleton):
+        own = skeleton[end : match.start()]
+        put = restore(originals[int(match[1])])
+        spans.append((length + len(own), length + len(own) + len(put)))
+        pieces += (own, put)
+        length += len(own) + len(put)
+        end = match.end()
+    pieces.append(skeleton[end:])
+    return "".join(pieces), spans
+
+
+# Structure, not text of the caller: templates compare these.
+_FIXED_KEYS: Final = frozenset({"role", "type"})
+
+
+def _texts(value: Any, key: str = "") -> Iterator[str]:
+    if isinstance(value, str):
+        if key not in _FIXED_KEYS:
+            yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield name
+            yield from _texts(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item, key)
+
+
+def _map_texts(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+    """A copy with the caller's texts changed; keys stay, since templates look them up."""
+    if isinstance(value, str):
+        return value if key in _FIXED_KEYS or not value else change(value)
+    if isinstance(value, dict):
+        return {name: _map_texts(item, change, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, change, key) for item in value]
+    return value
+
+
+def _messages(chat: chat_pb2.ChatPrompt) -> Messages:
+    return [_message(message, index) for index, message in enumerate(chat.messages)]
+
+
+def _message(message: chat_pb2.ChatMessage, index: int) -> dict[str, Any]:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise CaravanError(
+            "INVALID_VALUE", "A message needs a role.", param=f"messages[{index}].role"
+        )
+    shown: dict[str, Any] = {"role": role, "content": message.content}
+    if message.name:
+        shown["name"] = message.name
+    if message.tool_call_id:
+        shown["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        shown["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments_json)},
+            }
+            for call in message.tool_calls
+        ]
+    return shown
+
+
+def _arguments(text: str) -> Any:
+    """As an object, which templates print as JSON; what a model once wrote and is no object stays text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _tools(chat: chat_pb2.ChatPrompt) -> Messages:
+    if chat.tool_choice.mode == chat_pb2.ToolChoice.MODE_NONE:
+        return []
+    return [_tool(tool, index) for index, tool in enumerate(chat.tools)]
+
+
+def _tool(tool: chat_pb2.Tool, index: int) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    function["parameters"] = tool_parameters(tool, index)
+    return {"type": "function", "function": function}
+
+
+def tool_parameters(tool: chat_pb2.Tool, index: int) -> Mapping[str, Any]:
+    """The JSON schema of a tool's arguments. Raises INVALID_VALUE."""
+    if not tool.parameters_json:
+        return {"type": "object", "properties": {}}
+    try:
+        schema = json.loads(tool.parameters_json)
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        raise CaravanError(
+            "INVALID_VALUE",
+            f"The parameters of tool {tool.name!r} are not a JSON object.",
+            param=f"tools[{index}].parameters",
+        )
+    return schema

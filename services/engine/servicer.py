@@ -1,0 +1,163 @@
+"""caravan.engine.v1.EngineService: translates between the wire and the engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from caravan.core.v1 import chat_pb2, generation_pb2
+from caravan.engine.v1 import engine_service_pb2 as pb
+from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
+from google.protobuf import duration_pb2
+
+from services.engine.engine import Engine
+from services.engine.inflight import Inflight
+from services.engine.outbox import Ending, Update
+from services.engine.preparation import check_request_id
+from services.engine.sampling import TokenLogprobs
+from services.runtime.clock import Clock
+from services.runtime.errors import CaravanError
+from services.runtime.telemetry import RequestSpan, Tracing
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class EngineServicer(pb_grpc.EngineServiceServicer):
+    """One engine behind gRPC."""
+
+    def __init__(self, engine: Engine, clock: Clock, tracing: Tracing) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._tracing = tracing
+
+    async def Generate(  # type: ignore[override]
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        check_request_id(request.request_id)
+        row = self._engine.register(request.request_id)
+        span = self._tracing.start(
+            "generate",
+            context.invocation_metadata(),
+            gen_ai__operation__name="chat" if request.HasField("chat") else "text_completion",
+            gen_ai__request__model=self._engine.identity.model_name,
+            caravan__request__id=request.request_id,
+        )
+        failure: str | None = "the call ended early"
+        try:
+            async for response in self._events(request, row, span):
+                yield response
+            failure = None
+        except CaravanError as error:
+            failure = error.reason
+            raise
+        finally:
+            self._engine.release(row)
+            span.end(failure)
+
+    async def _events(
+        self, request: pb.GenerateRequest, row: Inflight, span: RequestSpan
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        work = await self._engine.prepare(request)
+        self._engine.submit(row, work)
+        if row.cancelled:
+            self._engine.cancel(row.request_id)
+        started = False
+        while True:
+            update = await row.outbox.take()
+            if update.error is not None:
+                raise update.error
+            # A request that is cancelled while it waits is told as started too: one form for every answer.
+            if not started and (update.started or update.ending is not None):
+                started = True
+                span.event("started")
+                yield pb.GenerateResponse(started=pb.Started(prompt_tokens=row.prompt_tokens))
+            if update.has_delta:
+                yield pb.GenerateResponse(delta=self._delta(update))
+            if update.ending is not None:
+                _describe(span, update.ending)
+                yield pb.GenerateResponse(finished=_finished(update.ending))
+                return
+
+    def _delta(self, update: Update) -> pb.Delta:
+        delta = pb.Delta(text="".join(update.text), token_ids=update.token_ids)
+        for call in update.calls:
+            delta.tool_calls.append(
+                chat_pb2.ToolCallDelta(
+                    index=call.index,
+                    id=call.call_id,
+                    name=call.name,
+                    arguments_json=call.arguments_json,
+                )
+            )
+        for token_id, scores in zip(update.token_ids, update.logprobs, strict=False):
+            delta.logprobs.append(self._logprob(token_id, scores))
+        return delta
+
+    def _logprob(self, token_id: int, scores: TokenLogprobs) -> generation_pb2.TokenLogprob:
+        token_bytes = self._engine.token_bytes
+        return generation_pb2.TokenLogprob(
+            token_id=token_id,
+            token=token_bytes(token_id),
+            logprob=scores.chosen,
+            top=[
+                generation_pb2.TopLogprob(token_id=other, token=token_bytes(other), logprob=value)
+                for other, value in scores.top
+            ],
+        )
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        return pb.CancelResponse(found=self._engine.cancel(request.request_id))
+
+    async def GetStatus(
+        self, request: pb.GetStatusRequest, context: Context
+    ) -> pb.GetStatusResponse:
+        return pb.GetStatusResponse(
+            engine_id=self._engine.identity.engine_id,
+            model=self._engine.model(),
+            load=self._engine.load(),
+        )
+
+    async def ListInflight(
+        self, request: pb.ListInflightRequest, context: Context
+    ) -> pb.ListInflightResponse:
+        now = self._clock.monotonic()
+        return pb.ListInflightResponse(
+            requests=[
+                pb.InflightRequest(
+                    request_id=row.request_id,
+                    phase=row.phase.value,  # type: ignore[arg-type]
+                    age=_duration(now - row.arrived),
+                    prompt_tokens=row.prompt_tokens,
+                    completion_tokens=row.completion_tokens,
+                )
+                for row in self._engine.inflight.oldest_first()
+            ]
+        )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromMicroseconds(max(0, round(seconds * 1_000_000)))
+    return duration
+
+
+def _finished(ending: Ending) -> pb.Finished:
+    return pb.Finished(
+        reason=ending.reason,  # type: ignore[arg-type]
+        usage=generation_pb2.Usage(
+            prompt_tokens=ending.prompt_tokens, completion_tokens=ending.completion_tokens
+        ),
+        stop_text=ending.stop_text,
+        queue_time=_duration(ending.queue_s),
+        prefill_time=_duration(ending.prefill_s),
+        decode_time=_duration(ending.decode_s),
+    )
+
+
+def _describe(span: RequestSpan, ending: Ending) -> None:
+    span.set(
+        gen_ai__usage__input_tokens=ending.prompt_tokens,
+        gen_ai__usage__output_tokens=ending.completion_tokens,
+        gen_ai__response__finish_reasons=generation_pb2.FinishReason.Name(ending.reason),  # type: ignore[arg-type]
+    )

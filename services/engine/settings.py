@@ -1,0 +1,146 @@
+"""Settings of the engine, and the environment that llama.cpp's threads must find before the library loads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.runtime.settings import (
+    choice,
+    integer,
+    loopback_address,
+    number,
+    peer_address,
+    setting,
+    text,
+)
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model and the name under which it is served."""
+
+    name: str
+    path: str
+
+
+def named_model(value: str) -> NamedModel:
+    """NAME=PATH; the path may be `scripted:?key=value`."""
+    name, separator, path = value.partition("=")
+    if not separator or not name or not path or len(name) > 128:
+        raise ValueError("not NAME=PATH")
+    return NamedModel(name, path)
+
+
+def optional_peer(value: str) -> str:
+    """host:port, or nothing."""
+    return peer_address(value) if value else ""
+
+
+def identifier(value: str) -> str:
+    """1 to 128 bytes."""
+    if len(text(value).encode()) > 128:
+        raise ValueError("longer than 128 bytes")
+    return value
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that an engine can be told."""
+
+    address: str = setting(
+        "CARAVAN_ENGINE_ADDRESS", "127.0.0.1:7010", "gRPC listener", loopback_address
+    )
+    metrics_address: str = setting(
+        "CARAVAN_ENGINE_METRICS_ADDRESS", "127.0.0.1:9110", "/metrics listener", loopback_address
+    )
+    coordinator: str = setting(
+        "CARAVAN_ENGINE_COORDINATOR", "", "coordinator; empty: stands alone", optional_peer
+    )
+    engine_id: str = setting(
+        "CARAVAN_ENGINE_ID", "engine-0", "id, the same after a restart", identifier
+    )
+    model: NamedModel = setting(
+        "CARAVAN_ENGINE_MODEL",
+        "demo=models/caravan-demo.gguf",
+        "NAME=PATH of a GGUF file, or NAME=scripted:?key=value&...",
+        named_model,
+    )
+    max_sequences: int = setting(
+        "CARAVAN_ENGINE_MAX_SEQUENCES", "32", "most sequences at a time", integer(1, 256)
+    )
+    max_waiting: int = setting(
+        "CARAVAN_ENGINE_MAX_WAITING", "64", "most requests without a sequence", integer(0, 100_000)
+    )
+    context_tokens: int = setting(
+        "CARAVAN_ENGINE_CONTEXT_TOKENS",
+        "0",
+        "most tokens of one sequence; 0: what the model was trained for, at most 8192",
+        integer(0, 1 << 24),
+    )
+    cells: int = setting(
+        "CARAVAN_ENGINE_CELLS",
+        "0",
+        "KV cells of all sequences together; 0: a whole context for each sequence, within 1 GiB",
+        integer(0, 1 << 26),
+    )
+    batch_tokens: int = setting(
+        "CARAVAN_ENGINE_BATCH_TOKENS", "512", "most tokens of one batch", integer(256, 8192)
+    )
+    chunk_tokens: int = setting(
+        "CARAVAN_ENGINE_CHUNK_TOKENS",
+        "64",
+        "most prompt tokens of a batch in which others generate",
+        integer(1, 256),
+    )
+    threads: int = setting(
+        "CARAVAN_ENGINE_THREADS", "0", "threads of llama.cpp; 0: physical cores", integer(0, 512)
+    )
+    spin_count: int = setting(
+        "CARAVAN_ENGINE_SPIN_COUNT",
+        "5000",
+        "turns that llama.cpp's threads spin at a barrier before they sleep; GOMP_SPINCOUNT, if set, wins",
+        integer(0, 1 << 40),
+    )
+    wait_policy: str = setting(
+        "CARAVAN_ENGINE_WAIT_POLICY",
+        "spin",
+        "spin (spin_count turns) or passive (sleep at once: for cores shared with busy equals)",
+        choice("spin", "passive"),
+    )
+    template_seconds: float = setting(
+        "CARAVAN_ENGINE_TEMPLATE_SECONDS", "1", "most time of a chat template", number(0.01, 60)
+    )
+    drain_grace_s: float = setting(
+        "CARAVAN_DRAIN_GRACE_S", "10", "time for running requests at the end", number(0, 3600)
+    )
+    log_level: str = setting(
+        "CARAVAN_LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        choice("debug", "info", "warning", "error"),
+    )
+    otlp_endpoint: str = setting("CARAVAN_OTLP_ENDPOINT", "", "OTLP endpoint; empty: no traces")
+
+
+def prepare_threads(settings: EngineSettings, environ: MutableMapping[str, str]) -> None:
+    """Puts the OpenMP settings where libgomp reads them; it does so once, when the library loads."""
+    if settings.wait_policy == "passive":
+        environ.setdefault("OMP_WAIT_POLICY", "passive")
+    else:
+        environ.setdefault("GOMP_SPINCOUNT", str(settings.spin_count))
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    return max(1, len(cores))

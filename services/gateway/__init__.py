@@ -1,0 +1,1 @@
+"""The gateway: validates requests, owns each one to its end, and speaks the OpenAI wire format."""

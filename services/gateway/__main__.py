@@ -1,0 +1,159 @@
+"""Runs the gateway: `python -m services.gateway`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from contextlib import AsyncExitStack
+
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc as coordinator_grpc
+from caravan.inference.v1 import inference_service_pb2 as inference_pb
+from caravan.inference.v1 import inference_service_pb2_grpc as inference_grpc
+from caravan.openai.v1 import openai_service_pb2 as openai_pb
+from caravan.openai.v1 import openai_service_pb2_grpc as openai_grpc
+from prometheus_client import CollectorRegistry
+
+from services.gateway.background import Background
+from services.gateway.coordinator import CoordinatorClient
+from services.gateway.engines import EnginePool
+from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.membership import Membership
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.openai_servicer import OpenAIServicer
+from services.gateway.session import SessionParts
+from services.gateway.sessions import Sessions
+from services.gateway.settings import GatewaySettings
+from services.runtime import logs
+from services.runtime.channel import open_channel
+from services.runtime.clock import Clock, IdSource, SystemClock, random_id
+from services.runtime.server import (
+    PortTakenError,
+    ServiceServer,
+    cancel_all,
+    start_metrics,
+    wait_for_stop,
+)
+from services.runtime.settings import SettingsError, load
+from services.runtime.telemetry import Tracing, open_tracing
+
+_LOG = logging.getLogger(__name__)
+_SERVICES = (
+    openai_pb.DESCRIPTOR.services_by_name["OpenAIService"].full_name,
+    inference_pb.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+)
+
+
+class Gateway:
+    """All parts of one gateway. Tests run several in one process."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        registry: CollectorRegistry,
+        clock: Clock,
+        ids: IdSource,
+        tracing: Tracing,
+    ) -> None:
+        self._settings = settings
+        self._channel = open_channel(settings.coordinator)
+        stub = coordinator_grpc.CoordinatorServiceStub(self._channel)
+        self.sessions = Sessions(settings.max_requests, tracing)
+        self._metrics = GatewayMetrics(registry, lambda: len(self.sessions))
+        self._membership = Membership(
+            stub, clock, ids, settings.coordinator_timeout_s, self._on_membership
+        )
+        coordinator = CoordinatorClient(stub, self._membership, settings.coordinator_timeout_s)
+        self.engines = EnginePool(
+            open_channel, clock, settings.max_engine_channels, settings.engine_idle_s
+        )
+        self.background = Background()
+        self.sessions.equip(
+            SessionParts(coordinator, self.engines, self._metrics, clock, self.background)
+        )
+        self.server = ServiceServer(settings.address, _SERVICES, settings.drain_grace_s)
+        openai_grpc.add_OpenAIServiceServicer_to_server(
+            OpenAIServicer(self.sessions, coordinator, clock, ids, settings.keepalive_s),
+            self.server.grpc,
+        )
+        inference_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(self.sessions, coordinator, ids), self.server.grpc
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+        self._draining = False
+
+    async def start(self, stopping: asyncio.Event | None = None) -> int:
+        """Listens and joins the coordinator; returns the port. Sets `stopping` if a defect ends one of its tasks."""
+        port = await self.server.start()
+        self._tasks = [
+            asyncio.create_task(self._membership.run()),
+            asyncio.create_task(self._close_idle_engines()),
+        ]
+        for task in self._tasks:
+            task.add_done_callback(lambda ended: self._task_ended(ended, stopping))
+        return port
+
+    async def stop(self) -> None:
+        """Drains, then gives back what is held, then leaves the coordinator."""
+        self._draining = True
+        await self.server.drain_and_stop()
+        await self.sessions.finish()
+        await self.background.finish(self._settings.coordinator_timeout_s)
+        await cancel_all(self._tasks)
+        await self.engines.close()
+        await self._channel.close()
+
+    async def _on_membership(self, joined: bool) -> None:
+        self._metrics.set_joined(joined)
+        if not self._draining:
+            await self.server.set_serving(joined)
+
+    async def _close_idle_engines(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.engine_idle_s / 2)
+            await self.engines.close_idle()
+
+    @staticmethod
+    def _task_ended(task: asyncio.Task[None], stopping: asyncio.Event | None) -> None:
+        if not task.cancelled():
+            _LOG.error("a task that runs for ever has ended", exc_info=task.exception())
+            if stopping is not None:
+                stopping.set()
+
+    @property
+    def failed(self) -> bool:
+        """Whether a defect ended one of its tasks."""
+        return any(task.done() and not task.cancelled() for task in self._tasks)
+
+
+async def serve(settings: GatewaySettings) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code. Raises PortTakenError."""
+    registry = CollectorRegistry()
+    stopping = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        tracing = open_tracing("gateway", settings.otlp_endpoint)
+        stack.callback(tracing.shutdown)
+        gateway = Gateway(settings, registry, SystemClock(), random_id, tracing)
+        stack.push_async_callback(gateway.stop)
+        start_metrics(settings.metrics_address, registry)
+        port = await gateway.start(stopping)
+        _LOG.info("listening on port %d", port)
+        await wait_for_stop(stopping)
+        _LOG.info("stopping")
+    return 1 if gateway.failed else 0
+
+
+def main() -> int:
+    """Runs the process; returns its exit code: 0 stopped, 1 a defect, 2 bad settings or a taken port."""
+    try:
+        settings = load(GatewaySettings, os.environ)
+        logs.configure("gateway", settings.log_level)
+        return asyncio.run(serve(settings))
+    except (SettingsError, PortTakenError) as error:
+        print(f"caravan gateway: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

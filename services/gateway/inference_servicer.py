@@ -1,0 +1,142 @@
+"""The typed API for gRPC clients."""
+
+# ruff: noqa: N802 - the contract names the methods
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
+from caravan.inference.v1 import inference_service_pb2 as pb
+from caravan.inference.v1 import inference_service_pb2_grpc as pb_grpc
+
+from services.gateway.coordinator import CoordinatorClient
+from services.gateway.requests import Api, InferenceRequest
+from services.gateway.rpc_metadata import (
+    Context,
+    abort,
+    invocation_metadata,
+    send_request_id,
+    when_over,
+)
+from services.gateway.session import RequestSession
+from services.gateway.sessions import Sessions
+from services.gateway.typed_request import from_chat, from_complete
+from services.runtime.clock import IdSource
+from services.runtime.errors import CaravanError
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """Translates between typed messages and sessions."""
+
+    def __init__(self, sessions: Sessions, coordinator: CoordinatorClient, ids: IdSource) -> None:
+        self._sessions = sessions
+        self._coordinator = coordinator
+        self._ids = ids
+
+    def Chat(
+        self, request: pb.ChatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.ChatResponse]:
+        return self._answer(Api.CHAT, lambda: from_chat(request), context, pb.ChatResponse)
+
+    def Complete(
+        self, request: pb.CompleteRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.CompleteResponse]:
+        return self._answer(
+            Api.COMPLETION, lambda: from_complete(request), context, pb.CompleteResponse
+        )
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(
+                    name=model.name,
+                    created=model.created,
+                    context_tokens=model.context_tokens,
+                    ready=model.ready_engines > 0,
+                )
+                for model in await self._coordinator.list_models()
+            ]
+        )
+
+    async def CancelRequest(
+        self, request: pb.CancelRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.CancelRequestResponse:
+        if not request.request_id:
+            raise CaravanError(
+                "MISSING_FIELD", "Missing required parameter: 'request_id'.", param="request_id"
+            )
+        await self._coordinator.cancel(request.request_id)
+        return pb.CancelRequestResponse()
+
+    async def _answer(
+        self,
+        api: Api,
+        build: Callable[[], InferenceRequest],
+        context: Context,
+        response: Callable[..., Any],
+    ) -> AsyncIterator[Any]:
+        request_id = self._ids("req")
+        session: RequestSession | None = None
+        sent = False
+        try:
+            session = self._open(api, build, context, request_id)
+            ended = False
+            while not ended:
+                event = await session.next()
+                assert event is not None, "silence was not asked for"
+                if not sent:
+                    sent = True
+                    await send_request_id(context, request_id)
+                kind = event.WhichOneof("event")
+                if kind == "delta":
+                    yield response(delta=_delta(event.delta))
+                elif kind == "started":
+                    yield response(started=_started(event.started, session))
+                elif kind == "finished":
+                    ended = True
+                    yield response(finished=_finished(event.finished))
+        except CaravanError as error:
+            await abort(context, error, request_id, openai=False)
+        finally:
+            if session is not None:
+                session.close()
+
+    def _open(
+        self, api: Api, build: Callable[[], InferenceRequest], context: Context, request_id: str
+    ) -> RequestSession:
+        try:
+            session = self._sessions.open(
+                build(), request_id, invocation_metadata(context), context.time_remaining()
+            )
+        except CaravanError as error:
+            self._sessions.refuse(api, error)
+            raise
+        when_over(context, session.close)
+        return session
+
+
+def _started(started: engine_pb.Started, session: RequestSession) -> pb.Started:
+    return pb.Started(
+        request_id=session.request_id,
+        prompt_tokens=started.prompt_tokens,
+        cached_tokens=started.cached_tokens,
+        engine_id=session.engine_id,
+    )
+
+
+def _delta(delta: engine_pb.Delta) -> pb.Delta:
+    return pb.Delta(
+        text=delta.text,
+        token_ids=delta.token_ids,
+        tool_calls=delta.tool_calls,
+        logprobs=delta.logprobs,
+    )
+
+
+def _finished(finished: engine_pb.Finished) -> pb.Finished:
+    return pb.Finished(reason=finished.reason, usage=finished.usage)

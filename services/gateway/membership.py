@@ -1,0 +1,128 @@
+"""The session of this gateway with the coordinator: joins, beats, and joins again for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
+
+from services.runtime.clock import Clock, IdSource
+from services.runtime.errors import CaravanError
+from services.runtime.server import cancel_all
+
+_LOG = logging.getLogger(__name__)
+_BACKOFF_MIN_S: Final = 0.1
+_BACKOFF_MAX_S: Final = 2.0
+_SILENT_INTERVALS_MAX: Final = 3
+_Call = grpc.aio.StreamStreamCall[pb.JoinGatewayRequest, pb.JoinGatewayResponse]
+
+
+def coordinator_down() -> CaravanError:
+    """No session with the coordinator, or no answer from it."""
+    return CaravanError(
+        "SERVICE_UNAVAILABLE",
+        "The coordinator cannot be reached.",
+        retry_after_s=1.0,
+        service="coordinator",
+    )
+
+
+class Membership:
+    """Holds one session at a time. Each has an id of its own, so that leases of an older one cannot be mixed up with it."""
+
+    def __init__(
+        self,
+        stub: pb_grpc.CoordinatorServiceAsyncStub,
+        clock: Clock,
+        ids: IdSource,
+        timeout_s: float,
+        on_change: Callable[[bool], Awaitable[None]],
+    ) -> None:
+        self._stub = stub
+        self._clock = clock
+        self._ids = ids
+        self._timeout_s = timeout_s
+        self._on_change = on_change
+        self._joined = asyncio.Event()
+        self._was_joined = False
+        self._gateway_id = ""
+        self._hearing: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
+        self._interval_s = timeout_s
+
+    def gateway_id(self) -> str:
+        """The id of the session. Raises SERVICE_UNAVAILABLE where there is none."""
+        if not self._joined.is_set():
+            raise coordinator_down()
+        return self._gateway_id
+
+    async def renew(self, unknown_id: str) -> str:
+        """The coordinator does not know `unknown_id`: the id of the session after it. Raises SERVICE_UNAVAILABLE."""
+        if self._joined.is_set() and self._gateway_id == unknown_id:
+            self._joined.clear()
+            if self._hearing is not None:
+                # Not the call: a write to it that is under way would be cancelled, and with it the task of run().
+                self._hearing.cancel()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._joined.wait()
+        except TimeoutError:
+            raise coordinator_down() from None
+        return self.gateway_id()
+
+    async def run(self) -> None:
+        """Joins, and joins again after each end, until cancelled."""
+        backoff_s = _BACKOFF_MIN_S
+        while True:
+            was_joined = await self._session()
+            backoff_s = _BACKOFF_MIN_S if was_joined else min(2 * backoff_s, _BACKOFF_MAX_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _session(self) -> bool:
+        """One session, to its end; whether it was joined at all."""
+        self._gateway_id = self._ids("gateway")
+        self._interval_s = self._timeout_s
+        self._heard_at = self._clock.monotonic()
+        self._was_joined = False
+        call = self._stub.JoinGateway()
+        hearing = self._hearing = asyncio.create_task(self._hear(call))
+        try:
+            await call.write(pb.JoinGatewayRequest(gateway_id=self._gateway_id))
+            while True:
+                await asyncio.wait({hearing}, timeout=self._interval_s)
+                silent_s = self._clock.monotonic() - self._heard_at
+                if hearing.done() or silent_s > _SILENT_INTERVALS_MAX * self._interval_s:
+                    break
+                if self._joined.is_set():
+                    await call.write(pb.JoinGatewayRequest())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+            # The call has ended; the other direction knows why.
+            await asyncio.wait({hearing}, timeout=self._timeout_s)
+        finally:
+            self._joined.clear()
+            call.cancel()
+            await cancel_all([hearing])
+            await self._on_change(self._joined.is_set())
+        return self._was_joined
+
+    async def _hear(self, call: _Call) -> None:
+        try:
+            while True:
+                response: Any = await call.read()
+                if response is grpc.aio.EOF:
+                    _LOG.warning("the coordinator ended the session %s", self._gateway_id)
+                    return
+                self._heard_at = self._clock.monotonic()
+                self._interval_s = max(0.01, response.heartbeat_interval.ToMilliseconds() / 1000)
+                if not self._was_joined:
+                    self._was_joined = True
+                    self._joined.set()
+                    _LOG.info("joined the coordinator as %s", self._gateway_id)
+                    await self._on_change(self._joined.is_set())
+        except grpc.aio.AioRpcError as error:
+            _LOG.warning("no session with the coordinator: %s", error.details())

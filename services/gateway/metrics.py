@@ -1,0 +1,107 @@
+"""Every series of the gateway. Label values come from enums only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from services.gateway.requests import Api
+
+_FIRST_TOKEN_S: Final = (
+    0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0,
+)  # fmt: skip
+_INTER_TOKEN_S: Final = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,
+)  # fmt: skip
+_DURATION_S: Final = (
+    0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+
+
+class Outcome(Enum):
+    """How a request ended."""
+
+    FINISHED = "finished"
+    CANCELLED = "cancelled"
+    """By CancelRequest, or its client left."""
+    REFUSED = "refused"
+    """For what it asked, or for lack of capacity."""
+    FAILED = "failed"
+
+
+class GatewayMetrics:
+    """The series, registered with one registry."""
+
+    def __init__(self, registry: CollectorRegistry, in_flight: Callable[[], int]) -> None:
+        self._requests = Counter(
+            "caravan_requests_total", "Requests that ended.", ["api", "outcome"], registry=registry
+        )
+        self._first_token = Histogram(
+            "caravan_time_to_first_token_seconds",
+            "From the arrival of a request to its first tokens.",
+            buckets=_FIRST_TOKEN_S,
+            registry=registry,
+        )
+        self._inter_token = Histogram(
+            "caravan_inter_token_seconds",
+            "Time between tokens; tokens that come together share the time since those before.",
+            buckets=_INTER_TOKEN_S,
+            registry=registry,
+        )
+        self._duration = Histogram(
+            "caravan_request_duration_seconds",
+            "From the arrival of a request to its end.",
+            buckets=_DURATION_S,
+            registry=registry,
+        )
+        Gauge(
+            "caravan_gateway_requests", "Requests in flight in this gateway.", registry=registry
+        ).set_function(in_flight)
+        self._joined = Gauge(
+            "caravan_gateway_joined",
+            "Whether the coordinator knows this gateway: 1 or 0.",
+            registry=registry,
+        )
+        self._retries = Counter(
+            "caravan_gateway_retries_total",
+            "Requests that were given to a second engine before their first event.",
+            registry=registry,
+        )
+        self._releases_failed = Counter(
+            "caravan_gateway_releases_failed_total",
+            "Leases that could not be released; the coordinator sweeps them with the session.",
+            registry=registry,
+        )
+        for api in Api:
+            for outcome in Outcome:
+                self._requests.labels(api.value, outcome.value)
+
+    def count_request(self, api: Api, outcome: Outcome, duration_s: float) -> None:
+        """One request that ended."""
+        self._requests.labels(api.value, outcome.value).inc()
+        self._duration.observe(duration_s)
+
+    def observe_first_token(self, seconds: float) -> None:
+        """The first tokens of a request came."""
+        self._first_token.observe(seconds)
+
+    def observe_tokens(self, seconds: float, tokens: int) -> None:
+        """`tokens` more tokens came, `seconds` after those before."""
+        share = seconds / tokens
+        for _ in range(tokens):
+            self._inter_token.observe(share)
+
+    def set_joined(self, joined: bool) -> None:
+        """Whether the coordinator knows this gateway."""
+        self._joined.set(joined)
+
+    def count_retry(self) -> None:
+        """A request was given to a second engine."""
+        self._retries.inc()
+
+    def count_failed_release(self) -> None:
+        """A lease could not be released."""
+        self._releases_failed.inc()

@@ -1,0 +1,196 @@
+"""The OpenAI API over gRPC; Envoy makes it REST."""
+
+# ruff: noqa: N802 - the contract names the methods
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, TypeVar
+
+import grpc
+import msgspec
+from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
+from caravan.openai.v1 import openai_service_pb2 as pb
+from caravan.openai.v1 import openai_service_pb2_grpc as pb_grpc
+from google.api.httpbody_pb2 import HttpBody
+
+from services.gateway import openai_plain, openai_stream
+from services.gateway.coordinator import CoordinatorClient
+from services.gateway.openai_answer import AnswerHead
+from services.gateway.openai_errors import in_openai_words
+from services.gateway.openai_request import parse_chat, parse_completion
+from services.gateway.requests import Api, InferenceRequest
+from services.gateway.rpc_metadata import (
+    Context,
+    abort,
+    invocation_metadata,
+    send_request_id,
+    when_over,
+)
+from services.gateway.session import RequestSession
+from services.gateway.sessions import Sessions
+from services.runtime.clock import Clock, IdSource
+from services.runtime.errors import CaravanError
+
+_LOG = logging.getLogger(__name__)
+_JSON: Final = openai_plain.CONTENT_TYPE
+Response = TypeVar("Response", pb.CreateChatCompletionResponse, pb.CreateCompletionResponse)
+Parse = Callable[[bytes], InferenceRequest]
+
+
+class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
+    """Translates between HTTP bodies and sessions. `keepalive_s` is the longest silence of a stream, in seconds."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        coordinator: CoordinatorClient,
+        clock: Clock,
+        ids: IdSource,
+        keepalive_s: float,
+    ) -> None:
+        self._sessions = sessions
+        self._coordinator = coordinator
+        self._clock = clock
+        self._ids = ids
+        self._keepalive_s = keepalive_s
+
+    def CreateChatCompletion(
+        self,
+        request: pb.CreateChatCompletionRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.CreateChatCompletionResponse]:
+        return self._answer(
+            Api.CHAT, parse_chat, request.body.data, context, pb.CreateChatCompletionResponse
+        )
+
+    def CreateCompletion(
+        self,
+        request: pb.CreateCompletionRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.CreateCompletionResponse]:
+        return self._answer(
+            Api.COMPLETION,
+            parse_completion,
+            request.body.data,
+            context,
+            pb.CreateCompletionResponse,
+        )
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        models = [_model(model) for model in await self._coordinator.list_models()]
+        return pb.ListModelsResponse(body=_json_body({"object": "list", "data": models}))
+
+    async def GetModel(
+        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.GetModelResponse:
+        for model in await self._coordinator.list_models():
+            if model.name == request.model:
+                return pb.GetModelResponse(body=_json_body(_model(model)))
+        raise CaravanError(
+            "MODEL_NOT_FOUND",
+            f"The model '{request.model[:100]}' does not exist.",
+            param="model",
+            model=request.model[:100],
+        )
+
+    async def _answer(
+        self, api: Api, parse: Parse, body: bytes, context: Context, response: type[Response]
+    ) -> AsyncIterator[Response]:
+        request_id = self._ids("req")
+        sent = False
+        session: RequestSession | None = None
+        try:
+            request, session = self._open(api, parse, body, context, request_id)
+            head = AnswerHead(request_id, request.model, int(self._clock.wall()))
+            if not request.stream:
+                data = await _collect(request, session, head)
+                await send_request_id(context, request_id)
+                yield response(body=HttpBody(content_type=_JSON, data=data))
+                return
+            stream = openai_stream.open_stream(request, head)
+            ended = False
+            while not ended:
+                event = await session.next(self._keepalive_s)
+                data, ended = _show(stream, event)
+                if sent and data:
+                    yield response(body=HttpBody(data=data))
+                elif data:
+                    sent = True
+                    await send_request_id(context, request_id)
+                    first = HttpBody(content_type=openai_stream.CONTENT_TYPE, data=data)
+                    yield response(body=first)
+        except (CaravanError, MemoryError, ValueError) as caught:
+            error = _as_shown(caught, api)
+            if sent:
+                # The status is gone; an event is all that a REST client can see.
+                yield response(body=HttpBody(data=openai_stream.error_event(error)))
+            await abort(context, error, request_id, openai=True)
+        finally:
+            if session is not None:
+                session.close()
+
+    def _open(
+        self, api: Api, parse: Parse, body: bytes, context: Context, request_id: str
+    ) -> tuple[InferenceRequest, RequestSession]:
+        try:
+            request = parse(body)
+            session = self._sessions.open(
+                request, request_id, invocation_metadata(context), context.time_remaining()
+            )
+        except CaravanError as error:
+            self._sessions.refuse(api, error)
+            raise
+        when_over(context, session.close)
+        return request, session
+
+
+def _show(stream: openai_stream.AnswerStream, event: Any) -> tuple[bytes, bool]:
+    """Bytes for an event, and whether it is the last."""
+    if event is None:
+        return openai_stream.KEEPALIVE, False
+    kind = event.WhichOneof("event")
+    if kind == "delta":
+        return stream.delta(event.delta), False
+    if kind == "finished":
+        return stream.finished(event.finished), True
+    return b"", False
+
+
+async def _collect(request: InferenceRequest, session: RequestSession, head: AnswerHead) -> bytes:
+    answer = openai_plain.PlainAnswer(request, head)
+    while True:
+        event = await session.next()
+        assert event is not None, "silence was not asked for"
+        kind = event.WhichOneof("event")
+        if kind == "delta":
+            answer.delta(event.delta)
+        elif kind == "finished":
+            return answer.finished(event.finished)
+
+
+def _as_shown(caught: Exception, api: Api) -> CaravanError:
+    if isinstance(caught, CaravanError):
+        return in_openai_words(caught, api)
+    _LOG.error("unexpected error", exc_info=caught)
+    return CaravanError("INTERNAL", "An internal error occurred; the log has the details.")
+
+
+def _json_body(value: object) -> HttpBody:
+    return HttpBody(content_type=_JSON, data=msgspec.json.encode(value))
+
+
+def _model(model: coordinator_pb.Model) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created.seconds,
+        "owned_by": "caravan",
+        "caravan": {
+            "context_tokens": model.context_tokens,
+            "ready_engines": model.ready_engines,
+        },
+    }

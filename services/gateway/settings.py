@@ -1,0 +1,85 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.runtime.settings import (
+    choice,
+    integer,
+    loopback_address,
+    number,
+    peer_address,
+    setting,
+)
+
+
+@dataclass(frozen=True)
+class GatewaySettings:
+    """Parsed once at the start; see docs/OPERATING.md."""
+
+    address: str = setting(
+        "CARAVAN_GATEWAY_ADDRESS",
+        "127.0.0.1:7001",
+        "Where the gateway listens, host:port on loopback",
+        loopback_address,
+    )
+    metrics_address: str = setting(
+        "CARAVAN_GATEWAY_METRICS_ADDRESS",
+        "127.0.0.1:9101",
+        "Where /metrics is served, host:port on loopback",
+        loopback_address,
+    )
+    coordinator: str = setting(
+        "CARAVAN_GATEWAY_COORDINATOR",
+        "127.0.0.1:7002",
+        "Address of the coordinator, host:port",
+        peer_address,
+    )
+    keepalive_s: float = setting(
+        "CARAVAN_GATEWAY_KEEPALIVE_S",
+        "10",
+        "Seconds of silence in a stream after which a comment is sent",
+        number(0.05, 3_600),
+    )
+    coordinator_timeout_s: float = setting(
+        "CARAVAN_GATEWAY_COORDINATOR_TIMEOUT_S",
+        "2",
+        "Seconds that the coordinator has to answer one call",
+        number(0.05, 60),
+    )
+    max_requests: int = setting(
+        "CARAVAN_GATEWAY_MAX_REQUESTS",
+        "2048",
+        "Most requests in flight in this gateway at a time",
+        integer(1, 65_536),
+    )
+    max_engine_channels: int = setting(
+        "CARAVAN_GATEWAY_MAX_ENGINE_CHANNELS",
+        "256",
+        "Most connections to engines at a time",
+        integer(1, 4_096),
+    )
+    engine_idle_s: float = setting(
+        "CARAVAN_GATEWAY_ENGINE_IDLE_S",
+        "300",
+        "Seconds after which a connection to an engine that no request uses is closed",
+        number(1, 86_400),
+    )
+    log_level: str = setting(
+        "CARAVAN_LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        choice("debug", "info", "warning", "error"),
+    )
+    otlp_endpoint: str = setting(
+        "CARAVAN_OTLP_ENDPOINT",
+        "",
+        "OTLP endpoint for traces over gRPC, such as http://127.0.0.1:4317; empty: off",
+    )
+    drain_grace_s: float = setting(
+        "CARAVAN_DRAIN_GRACE_S",
+        "10",
+        "Seconds that running calls get to end after SIGTERM",
+        number(0, 3_600),
+    )

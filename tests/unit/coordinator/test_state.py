@@ -1,0 +1,160 @@
+"""Rules of sessions and models that single steps show best; test_state_machine.py has the rest."""
+
+from __future__ import annotations
+
+import pytest
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
+
+from services.coordinator.effects import CancelRequest, Effects, Ending
+from services.coordinator.models import ABANDONED_MODELS_MAX
+from services.coordinator.state import CoordinatorState, Limits
+from services.runtime.errors import CaravanError
+
+LOAD = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_IDLE)
+
+
+def join(
+    state: CoordinatorState, engine_id: str = "engine", model: str = "demo", now: float = 0.0
+) -> tuple[int, Effects]:
+    """Registers an idle engine of 2 sequences at the wall time 100."""
+    info = engine_pb.ModelInfo(name=model, max_sequences=2, context_tokens=512)
+    return state.join_engine(engine_id, "127.0.0.1:1", info, LOAD, now=now, wall=100.0)
+
+
+def route(state: CoordinatorState, request_id: str = "req-1", model: str = "demo") -> str:
+    """Grants a lease; returns its id."""
+    return state.route(
+        request_id, "gateway", model, lease_id=f"lease-{request_id}", now=0.0
+    ).lease.lease_id
+
+
+def reason(state: CoordinatorState, model: str = "demo") -> str:
+    """The reason for which a route is refused."""
+    with pytest.raises(CaravanError) as caught:
+        route(state, "req-x", model)
+    return caught.value.reason
+
+
+def test_a_late_end_of_a_replaced_session_is_nothing() -> None:
+    """The old stream of an engine that came back ends after the new one began: the new one and its leases stay."""
+    state = CoordinatorState(Limits())
+    state.join_gateway("gateway", 0.0)
+    old, _ = join(state)
+    route(state, "req-1")
+    new, effects = join(state)
+    assert [lease.request_id for lease in effects.swept] == ["req-1"]
+    assert [(e.session, e.why) for e in effects.endings] == [(old, Ending.REPLACED)]
+    route(state, "req-2")
+    assert state.end_session(old, 0.0) == Effects()
+    assert state.leases.on_engine("engine") == 1
+    with pytest.raises(CaravanError, match="not known"):
+        state.report_engine(old, None, LOAD, 0.0)
+    state.report_engine(new, None, LOAD, 0.0)
+
+
+def test_a_gateway_that_dies_cancels_at_each_engine() -> None:
+    """Each swept request is cancelled on the session of the engine that ran it (I5, I6)."""
+    state = CoordinatorState(Limits())
+    gateway, _ = state.join_gateway("gateway", 0.0)
+    sessions = [join(state, "a")[0], join(state, "b")[0]]
+    route(state, "req-1")
+    route(state, "req-2")
+    effects = state.end_session(gateway, 0.0)
+    assert set(effects.cancels) == {
+        CancelRequest(sessions[0], "req-1"),
+        CancelRequest(sessions[1], "req-2"),
+    }
+    assert len(state.leases) == 0
+
+
+def test_a_process_that_stood_still_judges_nobody() -> None:
+    """After a pause of the coordinator itself, peers get an interval to be heard before silence counts."""
+    state = CoordinatorState(Limits())
+    session, _ = join(state, now=0.0)
+    state.expire(0.5)
+    assert state.expire(60.0) == Effects()
+    state.report_engine(session, None, LOAD, 60.2)
+    assert state.expire(60.5) == Effects()
+    for tick in range(6):
+        effects = state.expire(61.0 + tick / 2)
+    assert [(e.session, e.why) for e in effects.endings] == [(session, Ending.SILENT)]
+
+
+def test_an_abandoned_model_is_remembered_for_a_while() -> None:
+    """Without engines a model answers NO_ENGINE (503) for the time of memory, then MODEL_NOT_FOUND (404)."""
+    state = CoordinatorState(Limits(model_memory_s=10))
+    state.join_gateway("gateway", 0.0)
+    session, _ = join(state)
+    state.end_session(session, 5.0)
+    state.models.expire(14.9)
+    assert reason(state) == "NO_ENGINE"
+    (model,) = state.models
+    assert (model.created_at, model.context_tokens, model.ready_engines) == (100.0, 512, 0)
+    state.models.expire(15.0)
+    assert reason(state) == "MODEL_NOT_FOUND"
+
+
+def test_a_model_that_comes_back_is_not_forgotten() -> None:
+    """An engine that returns in time keeps its model, and the model its time of creation."""
+    state = CoordinatorState(Limits(model_memory_s=10))
+    session, _ = join(state)
+    state.end_session(session, 0.0)
+    join(state, now=9.0)
+    state.models.expire(100.0)
+    assert [model.name for model in state.models] == ["demo"]
+
+
+def test_abandoned_models_are_bounded() -> None:
+    """An engine that restarts under ever new names cannot grow the table (I4); the oldest are forgotten first."""
+    state = CoordinatorState(Limits())
+    for number in range(ABANDONED_MODELS_MAX + 10):
+        session, _ = join(state, model=f"model-{number}")
+        state.end_session(session, float(number))
+    assert len(state.models) == ABANDONED_MODELS_MAX
+    assert state.models.find("model-9") is None
+    assert state.models.find("model-10") is not None
+
+
+def test_the_context_of_a_model_is_the_least_of_its_engines() -> None:
+    """A request that fits the model fits every engine; an engine that does not know yet does not count."""
+    state = CoordinatorState(Limits())
+    join(state, "a")
+    for engine_id, tokens in (("b", 256), ("c", 0)):
+        info = engine_pb.ModelInfo(name="demo", context_tokens=tokens)
+        state.join_engine(engine_id, "127.0.0.1:1", info, LOAD, now=0.0, wall=0.0)
+    (model,) = state.models
+    assert (model.context_tokens, model.ready_engines) == (256, 3)
+
+
+def test_a_cancel_is_repeated_until_the_lease_ends() -> None:
+    """A cancel may reach the engine before its request: each report is answered by it while the lease is held (I5)."""
+    state = CoordinatorState(Limits())
+    state.join_gateway("gateway", 0.0)
+    session, _ = join(state)
+    lease_id = route(state)
+    assert state.report_engine(session, None, LOAD, 0.0) == Effects()
+    state.cancel("req-1")
+    again = state.report_engine(session, None, LOAD, 0.0)
+    assert again.cancels == (CancelRequest(session, "req-1"),)
+    state.release(lease_id, 0.0)
+    assert state.report_engine(session, None, LOAD, 0.0) == Effects()
+
+
+def test_draining_ends_sessions_without_cancels() -> None:
+    """What runs goes on; what comes is refused with DRAINING and a retry time."""
+    state = CoordinatorState(Limits())
+    gateway, _ = state.join_gateway("gateway", 0.0)
+    engine, _ = join(state)
+    route(state)
+    effects = state.drain(0.0)
+    assert effects.cancels == ()
+    assert {(e.session, e.why) for e in effects.endings} == {
+        (gateway, Ending.DRAINING),
+        (engine, Ending.DRAINING),
+    }
+    assert len(state.leases) == 0
+    assert reason(state) == "DRAINING"
+    with pytest.raises(CaravanError, match="shutting down"):
+        state.join_gateway("gateway", 0.0)
+    with pytest.raises(CaravanError, match="shutting down"):
+        join(state)

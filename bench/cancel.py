@@ -34,6 +34,7 @@ LONG_PROMPT_WORDS = 1500
 LOAD_STREAMS = 4
 TOKENS = 12_000
 TIMEOUT_S = 10.0
+POLL_S = 0.001
 PREFILLING = engine_service_pb2.REQUEST_PHASE_PREFILLING
 
 
@@ -56,11 +57,12 @@ class Bench:
         }
 
     async def until(self, holds: Callable[[EngineState], bool], what: str) -> EngineState:
-        """Asks the engine as fast as it answers until `holds` of its state, and returns that. Raises TimeoutError."""
+        """Asks the engine every millisecond or so until `holds` of its state, and returns that. Raises TimeoutError."""
         deadline = time.perf_counter() + TIMEOUT_S
         while time.perf_counter() < deadline:
             if holds(state := await self.engine.state()):
                 return state
+            await asyncio.sleep(POLL_S)
         raise TimeoutError(f"waited {TIMEOUT_S:.0f} s for {what}")
 
 

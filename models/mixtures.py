@@ -55,5 +55,5 @@ PHASES = (
     Phase("copying tokens", 400, COPYING, Drills(tokens=0.5), (1.0, 1.0), 1),
     Phase("copying words", 300, COPYING, Drills(tokens=0.05, words=0.35), (1.0, 1.0), 2),
     Phase("everything", 800, NORMAL, Drills(words=0.06), (1.0, 1.0), 3),
-    Phase("finishing", 1200, FINISHING, Drills(words=0.02, numbers=0.03), (1.0, 0.02), 4),
+    Phase("finishing", 900, FINISHING, Drills(words=0.02, numbers=0.03), (1.0, 0.02), 4),
 )

@@ -47,9 +47,10 @@ def _up(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from services.cli.chat import chat
+    from services.cli.chat import Asked, chat
 
-    return chat(options.url, options.model, options.system, sys.stdin, sys.stdout)
+    asked = Asked(options.url, options.model, options.system, options.temperature)
+    return chat(asked, sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,13 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     chat.add_argument("--model", default=None, help="name of the model (default: the first one)")
     chat.add_argument("--system", default=None, help="a system message for the model")
+    chat.add_argument(
+        "--temperature",
+        type=float,
+        default=None,
+        metavar="T",
+        help="0 takes the likeliest token always (default: the server's)",
+    )
 
 
 def _port(text: str) -> int:

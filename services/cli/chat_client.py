@@ -48,9 +48,13 @@ class ChatClient:
         except (ValueError, KeyError, TypeError) as error:
             raise ChatError(f"{self._url} does not speak the OpenAI API") from error
 
-    def answer(self, model: str, messages: Sequence[Message]) -> Generator[str, None, None]:
+    def answer(
+        self, model: str, messages: Sequence[Message], temperature: float | None = None
+    ) -> Generator[str, None, None]:
         """Pieces of the answer as they come; closing the iterator cancels the request. Raises ChatError."""
         body = {"model": model, "messages": list(messages), "stream": True}
+        if temperature is not None:
+            body["temperature"] = temperature
         try:
             with self._http.stream(
                 "POST", f"{self._url}/v1/chat/completions", json=body

@@ -15,7 +15,7 @@ class Display:
 
     def __init__(self, out: TextIO, columns: Callable[[], int] | None = None) -> None:
         self._out = out
-        self._terminal = out.isatty()
+        self.terminal = out.isatty()
         self._columns = columns or (lambda: shutil.get_terminal_size().columns)
         self._progress = ""
 
@@ -24,7 +24,7 @@ class Display:
         progress = self._progress
         self._clear()
         self._write(line + "\n")
-        if self._terminal and progress:
+        if self.terminal and progress:
             self.progress(progress)
 
     def progress(self, line: str) -> None:
@@ -32,7 +32,7 @@ class Display:
         if line == self._progress:
             return
         self._clear()
-        self._write(line[: max(10, self._columns() - 1)] if self._terminal else line + "\n")
+        self._write(line[: max(10, self._columns() - 1)] if self.terminal else line + "\n")
         self._progress = line
 
     def done(self) -> None:
@@ -40,7 +40,7 @@ class Display:
         self._clear()
 
     def _clear(self) -> None:
-        if self._terminal and self._progress:
+        if self.terminal and self._progress:
             self._write("\r\x1b[2K")
             self._progress = ""
 
@@ -55,7 +55,7 @@ def ready_text(plan: Plan, served: tuple[str, ...]) -> str:
     """What to print when it is ready: where it is and how to use it. `served` are the models that can be asked for."""
     model = served[0]
     count = plan.options.engines
-    engines = f"{count} engine{'s' if count > 1 else ''} each"
+    engines = f"{count} engine{'s' if count > 1 else ''}{' each' if len(served) > 1 else ''}"
     return f"""\
 Caravan is ready.
 

@@ -74,14 +74,17 @@ def judge(plan: Plan, seen: Seen) -> Verdict:
     return Verdict(ready, failed, tuple(waiting))
 
 
-def status_line(plan: Plan, seen: Seen) -> str:
-    """One line on all engines and the gateway, such as `demo (engine-0) loading 45% · gateway starting`."""
+def status_line(plan: Plan, seen: Seen, step: float = 0.01) -> str:
+    """One line on all engines and the gateway, such as `demo (engine-0) loading 45% · gateway starting`.
+
+    The share that is loaded is told in multiples of `step`.
+    """
     parts = []
     for planned in plan.of_kind("engine"):
         view = seen.engines.get(planned.name, EngineView())
         text = f"{planned.model} ({planned.name}) {view.phase.value}"
         if view.phase is Phase.LOADING:
-            text += f" {view.progress:.0%}"
+            text += f" {int(view.progress / step + 1e-6) * step:.0%}"
         parts.append(text)
     parts.append("gateway ready" if seen.door_open else "gateway starting")
     return " · ".join(parts)

@@ -16,22 +16,22 @@ class UpSettings:
     drain_grace_s: float = setting(
         "CARAVAN_DRAIN_GRACE_S",
         "10",
-        "seconds that running requests get to finish when everything stops",
-        number(0, 600),
+        "Seconds that running requests get to end after SIGTERM",
+        number(0, 3_600),
     )
     front_niceness: int = setting(
         "CARAVAN_UP_FRONT_NICENESS",
         "0",
-        "niceness of Envoy, gateway and coordinator; above 0 the engines win the processor",
+        "Niceness of Envoy, gateway and coordinator; above 0 the engines win the processor",
         integer(0, 19),
     )
     envoy_workers: int = setting(
-        "CARAVAN_UP_ENVOY_WORKERS", "1", "worker threads of Envoy", integer(1, 64)
+        "CARAVAN_UP_ENVOY_WORKERS", "1", "Worker threads of Envoy", integer(1, 64)
     )
     log_bytes_max: int = setting(
         "CARAVAN_UP_LOG_BYTES",
         "16777216",
-        "bytes of one log file before it is rotated; one older file is kept",
+        "Bytes of one log file before it is rotated; one older file is kept",
         integer(65_536, 1 << 40),
     )
 

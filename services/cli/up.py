@@ -154,6 +154,8 @@ class Up:
         self._plan = plan
         self._settings = settings
         self._display = display
+        # A line that is rewritten may change at every percent; plain lines would fill a log.
+        self._step = 0.01 if display.terminal else 0.25
         self._endpoints = state_dir.Endpoints(plan.options.state_dir)
         self._supervisor = Supervisor(
             plan,
@@ -221,7 +223,7 @@ class Up:
             verdict = judge(self._plan, seen)
             if not announced:
                 self._give_up_if_hopeless(verdict)
-                self._display.progress(status_line(self._plan, seen))
+                self._display.progress(status_line(self._plan, seen, self._step))
                 if verdict.ready:
                     announced = True
                     self._announce(verdict)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.runtime.settings import choice, integer, loopback_address, number, setting
+from services.runtime.settings import (
+    ProcessSettings,
+    integer,
+    loopback_address,
+    number,
+    setting,
+)
 
 
 @dataclass(frozen=True)
-class CoordinatorSettings:
+class CoordinatorSettings(ProcessSettings):
     """Parsed once at the start; see docs/OPERATING.md."""
 
     address: str = setting(
@@ -52,21 +58,4 @@ class CoordinatorSettings:
         "1024",
         "Most requests on one engine at a time, whatever the engine offers",
         integer(1, 4_096),
-    )
-    log_level: str = setting(
-        "CARAVAN_LOG_LEVEL",
-        "info",
-        "debug, info, warning or error",
-        choice("debug", "info", "warning", "error"),
-    )
-    otlp_endpoint: str = setting(
-        "CARAVAN_OTLP_ENDPOINT",
-        "",
-        "OTLP endpoint for traces over gRPC, such as http://127.0.0.1:4317; empty: off",
-    )
-    drain_grace_s: float = setting(
-        "CARAVAN_DRAIN_GRACE_S",
-        "10",
-        "Seconds that running calls get to end after SIGTERM",
-        number(0, 3_600),
     )

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc
 from caravan.engine.v1 import engine_service_pb2, engine_service_pb2_grpc
 
 from services.engine.decoder import Decoder
@@ -20,6 +21,7 @@ from services.engine.metrics import EngineMetrics
 from services.engine.servicer import EngineServicer
 from services.engine.settings import EngineSettings, prepare_threads
 from services.runtime import logs
+from services.runtime.channel import open_channel
 from services.runtime.clock import SystemClock, random_id, random_seed
 from services.runtime.server import (
     PortTakenError,
@@ -65,6 +67,20 @@ def build_engine(settings: EngineSettings, metrics: EngineMetrics) -> Engine:
     )
 
 
+async def _join(settings: EngineSettings, engine: Engine, address: str) -> None:
+    """Keeps the engine known to the coordinator, until it is cancelled."""
+    async with open_channel(settings.coordinator) as channel:
+        membership = Membership(
+            coordinator_service_pb2_grpc.CoordinatorServiceStub(channel),
+            engine,
+            settings.engine_id,
+            address,
+            lambda: random_seed() / 2**32,
+        )
+        engine.on_change = membership.changed
+        await membership.run()
+
+
 async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None) -> None:
     """Runs the engine until SIGTERM, SIGINT or `stopping`."""
     metrics = EngineMetrics()
@@ -85,9 +101,7 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
     engine.on_ready = ready
     if settings.coordinator:
         host = settings.address.rpartition(":")[0]
-        membership = Membership.open(settings.coordinator, engine, f"{host}:{port}")
-        engine.on_change = membership.changed
-        background.append(asyncio.create_task(membership.run()))
+        background.append(asyncio.create_task(_join(settings, engine, f"{host}:{port}")))
     engine.start()
     _LOG.info("listening on port %d, loading %s", port, settings.model.path)
     try:

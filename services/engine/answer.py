@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.engine.text import Detokenizer, Stopped, StopMatcher
+from services.engine.text import Detokenizer, StopMatcher, Stopped
 from services.engine.tool_calls import Parsed, ParsedCall, ToolCallParser
 
 

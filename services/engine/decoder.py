@@ -118,7 +118,13 @@ class Decoder:
         self._tell(self.on_ready, backend)
         try:
             self._loop()
+        except Exception as error:
+            _LOG.exception("the decode thread ends")
+            self._tell(self.on_failed, error)
+            for job in self.scheduler.owners():
+                self._fail(job, _defect())
         finally:
+            self._mailbox.flush()
             backend.close()
 
     def _progress(self, share: float) -> None:
@@ -140,12 +146,11 @@ class Decoder:
                 except Exception:
                     # A defect must not end the engine: the requests of this step fail, the others go on.
                     _LOG.exception("a step failed")
-                    self._fail_step(step, CaravanError("INTERNAL", "The engine failed."))
+                    self._fail_step(step, _defect())
             self._watch_phase()
             self._mailbox.flush()
         for job in self.scheduler.owners():
             self._finish(job, CANCELLED)
-        self._mailbox.flush()
 
     def _watch_phase(self) -> None:
         busy = (self.scheduler.prefilling > 0, self.scheduler.decoding > 0)
@@ -174,16 +179,20 @@ class Decoder:
                 job.sampler = self._backend.sampler(job.work.sampling)
             self.scheduler.submit(job.sequence)
         except QueueFullError:
-            self._fail(job, CaravanError("CAPACITY_EXHAUSTED", "The engine is full.", retry_after_s=1))
+            self._fail(
+                job, CaravanError("CAPACITY_EXHAUSTED", "The engine is full.", retry_after_s=1)
+            )
         except TooLargeError:
             self._fail(job, _too_large(job, self.scheduler.limits.cells))
         except CaravanError as error:
             self._fail(job, error)
+        except Exception:
+            _LOG.exception("a request could not be submitted")
+            self._fail(job, _defect())
 
     def _cancel(self, job: Job) -> None:
         if not job.ended:
-            self._flush_answer(job)
-            self._finish(job, CANCELLED)
+            self._complete(job, CANCELLED)
 
     def _run(self, step: Step[Job]) -> None:
         started = self._clock.monotonic()
@@ -257,20 +266,19 @@ class Decoder:
         vocabulary = self._backend.vocabulary
         ended = token in vocabulary.eog_tokens and not work.ignore_eos
         if job.push_plain is not None and not ended:
-            text, calls = job.push_plain(vocabulary.token_bytes(token)), ()
+            text = job.push_plain(vocabulary.token_bytes(token))
+            self._mailbox.post(inflight.outbox.add, token, text, (), scores)
         else:
             parsed = Parsed() if ended else job.answer.push(vocabulary.token_bytes(token))
-            text, calls = parsed.text, parsed.calls
-        self._mailbox.post(inflight.outbox.add, token, text, calls, scores)
-        if job.answer.stop_text:
-            self._flush_answer(job)
-            self._finish(job, STOP)
-        elif ended:
-            self._flush_answer(job)
-            self._finish(job, STOP)
+            self._mailbox.post(inflight.outbox.add, token, parsed.text, parsed.calls, scores)
+        if ended or job.answer.stop_text:
+            self._complete(job, STOP)
         elif inflight.completion_tokens >= work.max_tokens:
-            self._flush_answer(job)
-            self._finish(job, LENGTH)
+            self._complete(job, LENGTH)
+
+    def _complete(self, job: Job, reason: int) -> None:
+        self._flush_answer(job)
+        self._finish(job, reason)
 
     def _flush_answer(self, job: Job) -> None:
         rest = job.answer.flush()
@@ -303,6 +311,10 @@ class Decoder:
 
 def _arrival(job: Job) -> float:
     return job.inflight.arrived
+
+
+def _defect() -> CaravanError:
+    return CaravanError("INTERNAL", "The engine failed; its log has the details.")
 
 
 def _too_large(job: Job, cells: int) -> CaravanError:

@@ -91,9 +91,7 @@ class Engine:
         """Admits a request to this engine. Raises DRAINING, MODEL_LOADING, MODEL_INVALID, or what the table refuses."""
         name = self.identity.model_name
         if self._draining:
-            raise CaravanError(
-                "DRAINING", "The engine is shutting down.", retry_after_s=_RETRY_S
-            )
+            raise CaravanError("DRAINING", "The engine is shutting down.", retry_after_s=_RETRY_S)
         if self._failure:
             raise CaravanError(
                 "MODEL_INVALID",
@@ -138,7 +136,7 @@ class Engine:
         """The call of the request has ended: its sequence is freed if it still runs."""
         self.inflight.unregister(row)
         job = self._jobs.pop(row, None)
-        if job is not None:
+        if job is not None and not job.ended:
             self._decoder.cancel(job)
 
     def token_bytes(self, token: int) -> bytes:
@@ -176,7 +174,7 @@ class Engine:
             )
         return load
 
-    def _phase(self) -> pb.EnginePhase:
+    def _phase(self) -> pb.EnginePhase.ValueType:
         if self._failure:
             return pb.ENGINE_PHASE_FAILED
         if self._draining:

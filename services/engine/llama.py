@@ -20,6 +20,7 @@ from services.engine.sampling import SamplingSpec
 Pointer = Any
 _PIECE_BYTES: Final = 256
 _TEXT_BYTES: Final = 4096
+_NO: Final = False
 
 
 class LlamaVocabulary:
@@ -74,7 +75,7 @@ class LlamaVocabulary:
         tokens = np.empty(len(raw) + 16, np.int32)
         pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
         count = llama_cpp.llama_tokenize(
-            self.pointer, raw, len(raw), pointer, len(tokens), False, parse_special
+            self.pointer, raw, len(raw), pointer, len(tokens), _NO, parse_special
         )
         assert count >= 0, "there is a place for every byte"
         result: list[int] = tokens[:count].tolist()
@@ -91,7 +92,7 @@ class LlamaVocabulary:
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            count = llama_cpp.llama_token_to_piece(self.pointer, token, buffer, size, 0, False)
+            count = llama_cpp.llama_token_to_piece(self.pointer, token, buffer, size, 0, _NO)
             if count >= 0:
                 return buffer.raw[:count]
             size = -count
@@ -123,14 +124,14 @@ class LlamaBackend:
         self._one_slot_each = np.ones(capacity, np.int32)
         # llama_batch.seq_id is an array of pointers, one per token, each to that token's sequences.
         self._slot_pointers = self._slots.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
-        batch = self._batch = llama_cpp.llama_batch()
-        batch.token = self._tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.pos = self._positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.n_seq_id = self._one_slot_each.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = self._slot_pointers.ctypes.data_as(
-            ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))
-        )
+        integers = ctypes.POINTER(ctypes.c_int32)
+        batch: Any = llama_cpp.llama_batch()
+        batch.token = self._tokens.ctypes.data_as(integers)
+        batch.pos = self._positions.ctypes.data_as(integers)
+        batch.n_seq_id = self._one_slot_each.ctypes.data_as(integers)
+        batch.seq_id = self._slot_pointers.ctypes.data_as(ctypes.POINTER(integers))
         batch.logits = self._wanted.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+        self._batch = batch
 
     @property
     def facts(self) -> ModelFacts:

@@ -20,7 +20,16 @@ CELLS_STEP: Final = 256
 _ERROR_LEVEL: Final = 4
 _CONTINUED_LEVEL: Final = 5
 _EMBEDDERS: Final = frozenset(
-    "bert modern-bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 gemma-embedding".split()
+    {
+        "bert",
+        "modern-bert",
+        "nomic-bert",
+        "nomic-bert-moe",
+        "neo-bert",
+        "jina-bert-v2",
+        "jina-bert-v3",
+        "gemma-embedding",
+    }
 )
 
 

@@ -33,9 +33,9 @@ class Mailbox:
                 self._calls.clear()
 
     def _run(self) -> None:
-        # Cleared first: a call posted from here on either is seen below or wakes the loop again.
+        # Cleared first: a call posted from here on is counted below or wakes the loop again.
         self._waking = False
-        calls = self._calls
-        while calls:
-            call, arguments = calls.popleft()
+        # Not until it is empty: a fast decode thread must not keep the loop here for ever.
+        for _ in range(len(self._calls)):
+            call, arguments = self._calls.popleft()
             call(*arguments)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from caravan.engine.v1 import engine_service_pb2
-
-from services.runtime.channel import open_channel
-from services.runtime.clock import random_seed
 
 _LOG = logging.getLogger(__name__)
 BACKOFF_FIRST_S: Final = 0.1
@@ -64,18 +61,6 @@ class Membership:
         self._change = asyncio.Event()
         self._welcomed = False
         self._interval_s = REPORT_INTERVAL_S
-
-    @classmethod
-    def open(cls, coordinator: str, engine: Any, address: str) -> Membership:
-        """A session with the coordinator at host:port, for an engine that listens on `address`."""
-        stub = pb_grpc.CoordinatorServiceStub(open_channel(coordinator))
-        return cls(
-            stub,
-            engine,
-            engine.identity.engine_id,
-            address,
-            lambda: random_seed() / 2**32,
-        )
 
     def changed(self) -> None:
         """The engine's phase changed: report soon."""

@@ -64,8 +64,8 @@ class PromptTokenizer:
         if self._control is not None and self._suspicious(messages, tools):
             located = self._foreign_control_texts(messages, tools, rendered)
             if located is None:
-                messages = _map_texts(messages, self._neutralize)
-                tools = _map_texts(tools, self._neutralize)
+                messages = _map_texts(messages, self._neutralize, keys=True)
+                tools = _map_texts(tools, self._neutralize, keys=True)
                 rendered = self._render(messages, tools)
             else:
                 cuts = located
@@ -112,20 +112,21 @@ class PromptTokenizer:
         masked_tools = _map_texts(tools, stand_in)
         if any("\ue0f0" in text for text in originals):
             return None
+        if any(self._control.search(key) for key in _keys([messages, tools])):
+            return None
         try:
             skeleton = self._template.render(masked_messages, masked_tools)
         except TemplateFailedError:
             return None
-        for restore in (str, str.strip, _json_escaped):
-            restored, spans = _restore(skeleton, originals, restore)
-            if restored == rendered:
-                return [
-                    match.start() + 1
-                    for match in self._control.finditer(rendered)
-                    if any(match.start() < end and start < match.end() for start, end in spans)
-                    and match.end() - match.start() > 1
-                ]
-        return None
+        spans = _locate(skeleton, originals, rendered)
+        if spans is None:
+            return None
+        return [
+            match.start() + 1
+            for match in self._control.finditer(rendered)
+            if any(match.start() < end and start < match.end() for start, end in spans)
+            and match.end() - match.start() > 1
+        ]
 
     def _neutralize(self, text: str) -> str:
         assert self._control is not None
@@ -139,26 +140,22 @@ class PromptTokenizer:
         return safe
 
 
-def _json_escaped(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _restore(
-    skeleton: str, originals: Sequence[str], restore: Callable[[str], str]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The skeleton with its stand-ins replaced, and where the replacements lie."""
-    pieces: list[str] = []
+def _locate(skeleton: str, originals: Sequence[str], rendered: str) -> list[tuple[int, int]] | None:
+    """Where the originals of the skeleton's stand-ins lie in `rendered`: as they are, stripped, or escaped for JSON."""
+    pieces = _STAND_IN.split(skeleton)
     spans: list[tuple[int, int]] = []
-    length = end = 0
-    for match in _STAND_IN.finditer(skeleton):
-        own = skeleton[end : match.start()]
-        put = restore(originals[int(match[1])])
-        spans.append((length + len(own), length + len(own) + len(put)))
-        pieces += (own, put)
-        length += len(own) + len(put)
-        end = match.end()
-    pieces.append(skeleton[end:])
-    return "".join(pieces), spans
+    if not rendered.startswith(pieces[0]):
+        return None
+    place = len(pieces[0])
+    for number, own in zip(pieces[1::2], pieces[2::2], strict=True):
+        original = originals[int(number)]
+        forms = (original, original.strip(), json.dumps(original, ensure_ascii=False)[1:-1])
+        form = next((form for form in forms if rendered.startswith(form + own, place)), None)
+        if form is None:
+            return None
+        spans.append((place, place + len(form)))
+        place += len(form) + len(own)
+    return spans if place == len(rendered) else None
 
 
 # Structure, not text of the caller: templates compare these.
@@ -178,14 +175,29 @@ def _texts(value: Any, key: str = "") -> Iterator[str]:
             yield from _texts(item, key)
 
 
-def _map_texts(value: Any, change: Callable[[str], str], key: str = "") -> Any:
-    """A copy with the caller's texts changed; keys stay, since templates look them up."""
+def _keys(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _keys(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
+
+
+def _map_texts(
+    value: Any, change: Callable[[str], str], key: str = "", *, keys: bool = False
+) -> Any:
+    """A copy with the caller's texts changed; keys stay, unless told, since templates look them up."""
     if isinstance(value, str):
         return value if key in _FIXED_KEYS or not value else change(value)
     if isinstance(value, dict):
-        return {name: _map_texts(item, change, name) for name, item in value.items()}
+        return {
+            change(name) if keys else name: _map_texts(item, change, name, keys=keys)
+            for name, item in value.items()
+        }
     if isinstance(value, list):
-        return [_map_texts(item, change, key) for item in value]
+        return [_map_texts(item, change, key, keys=keys) for item in value]
     return value
 
 
@@ -218,11 +230,20 @@ def _message(message: chat_pb2.ChatMessage, index: int) -> dict[str, Any]:
 
 def _arguments(text: str) -> Any:
     """As an object, which templates print as JSON; what a model once wrote and is no object stays text."""
+    value = _parse_object(text)
+    return text if value is None else value
+
+
+def _parse_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that the text is. Escaped halves of surrogate pairs cannot be tokenized and make it none."""
     try:
         value = json.loads(text)
+        if not isinstance(value, dict):
+            return None
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        return None
+    return value
 
 
 def _tools(chat: chat_pb2.ChatPrompt) -> Messages:
@@ -243,11 +264,8 @@ def tool_parameters(tool: chat_pb2.Tool, index: int) -> Mapping[str, Any]:
     """The JSON schema of a tool's arguments. Raises INVALID_VALUE."""
     if not tool.parameters_json:
         return {"type": "object", "properties": {}}
-    try:
-        schema = json.loads(tool.parameters_json)
-    except (ValueError, RecursionError):
-        schema = None
-    if not isinstance(schema, dict):
+    schema = _parse_object(tool.parameters_json)
+    if schema is None:
         raise CaravanError(
             "INVALID_VALUE",
             f"The parameters of tool {tool.name!r} are not a JSON object.",

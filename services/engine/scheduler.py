@@ -22,6 +22,7 @@ Owner = TypeVar("Owner")
 class Phase(Enum):
     """Where a sequence stands."""
 
+    NEW = "new"
     WAITING = "waiting"
     PREFILLING = "prefilling"
     DECODING = "decoding"
@@ -71,7 +72,7 @@ class Sequence(Generic[Owner]):
         self.cells = len(prompt) + most_new_tokens
         self.computed = 0
         self.slot = -1
-        self.phase = Phase.WAITING
+        self.phase = Phase.NEW
 
 
 class Step(Generic[Owner]):
@@ -136,6 +137,7 @@ class Scheduler(Generic[Owner]):
         would_wait = bool(self._waiting) or not self._admissible(sequence)
         if would_wait and len(self._waiting) >= self.limits.max_waiting:
             raise QueueFullError
+        sequence.phase = Phase.WAITING
         self._waiting.append(sequence)
         self.admit()
 
@@ -213,7 +215,7 @@ class Scheduler(Generic[Owner]):
         """Takes a sequence out, wherever it stands. Returns the slot that it held, whose KV must now be cleared."""
         if sequence.phase is Phase.WAITING:
             self._waiting.remove(sequence)
-        if sequence.phase in {Phase.WAITING, Phase.ENDED}:
+        if sequence.slot < 0 or sequence.phase is Phase.ENDED:
             sequence.phase = Phase.ENDED
             return None
         holders = self._prefilling if sequence.phase is Phase.PREFILLING else self._decoding

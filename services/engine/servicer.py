@@ -1,4 +1,5 @@
 """caravan.engine.v1.EngineService: translates between the wire and the engine."""
+# ruff: noqa: N802 - gRPC names the methods
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         self._clock = clock
         self._tracing = tracing
 
-    async def Generate(  # type: ignore[override]
+    async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         check_request_id(request.request_id)

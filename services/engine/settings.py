@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.runtime.settings import (
+    ProcessSettings,
     choice,
     integer,
     loopback_address,
@@ -47,37 +48,49 @@ def identifier(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EngineSettings(ProcessSettings):
     """All that an engine can be told."""
 
     address: str = setting(
-        "CARAVAN_ENGINE_ADDRESS", "127.0.0.1:7010", "gRPC listener", loopback_address
+        "CARAVAN_ENGINE_ADDRESS",
+        "127.0.0.1:7010",
+        "Where the engine listens, host:port on loopback",
+        loopback_address,
     )
     metrics_address: str = setting(
-        "CARAVAN_ENGINE_METRICS_ADDRESS", "127.0.0.1:9110", "/metrics listener", loopback_address
+        "CARAVAN_ENGINE_METRICS_ADDRESS",
+        "127.0.0.1:9110",
+        "Where /metrics is served, host:port on loopback",
+        loopback_address,
     )
     coordinator: str = setting(
-        "CARAVAN_ENGINE_COORDINATOR", "", "coordinator; empty: stands alone", optional_peer
+        "CARAVAN_ENGINE_COORDINATOR",
+        "",
+        "Address of the coordinator, host:port; empty: the engine stands alone",
+        optional_peer,
     )
     engine_id: str = setting(
-        "CARAVAN_ENGINE_ID", "engine-0", "id, the same after a restart", identifier
+        "CARAVAN_ENGINE_ID", "engine-0", "Id of the engine, the same after a restart", identifier
     )
-    model: NamedModel = setting(
+    model: NamedModel = setting(  # noqa: RUF009 - a field, as all others are
         "CARAVAN_ENGINE_MODEL",
         "demo=models/caravan-demo.gguf",
         "NAME=PATH of a GGUF file, or NAME=scripted:?key=value&...",
         named_model,
     )
     max_sequences: int = setting(
-        "CARAVAN_ENGINE_MAX_SEQUENCES", "32", "most sequences at a time", integer(1, 256)
+        "CARAVAN_ENGINE_MAX_SEQUENCES", "32", "Most sequences at a time", integer(1, 256)
     )
     max_waiting: int = setting(
-        "CARAVAN_ENGINE_MAX_WAITING", "64", "most requests without a sequence", integer(0, 100_000)
+        "CARAVAN_ENGINE_MAX_WAITING",
+        "64",
+        "Most requests that wait for a sequence",
+        integer(0, 100_000),
     )
     context_tokens: int = setting(
         "CARAVAN_ENGINE_CONTEXT_TOKENS",
         "0",
-        "most tokens of one sequence; 0: what the model was trained for, at most 8192",
+        "Most tokens of one sequence; 0: what the model was trained for, at most 8192",
         integer(0, 1 << 24),
     )
     cells: int = setting(
@@ -87,42 +100,35 @@ class EngineSettings:
         integer(0, 1 << 26),
     )
     batch_tokens: int = setting(
-        "CARAVAN_ENGINE_BATCH_TOKENS", "512", "most tokens of one batch", integer(256, 8192)
+        "CARAVAN_ENGINE_BATCH_TOKENS", "512", "Most tokens of one batch", integer(256, 8192)
     )
     chunk_tokens: int = setting(
         "CARAVAN_ENGINE_CHUNK_TOKENS",
         "64",
-        "most prompt tokens of a batch in which others generate",
+        "Most prompt tokens of a batch in which others generate",
         integer(1, 256),
     )
     threads: int = setting(
-        "CARAVAN_ENGINE_THREADS", "0", "threads of llama.cpp; 0: physical cores", integer(0, 512)
+        "CARAVAN_ENGINE_THREADS", "0", "Threads of llama.cpp; 0: physical cores", integer(0, 512)
     )
     spin_count: int = setting(
         "CARAVAN_ENGINE_SPIN_COUNT",
         "5000",
-        "turns that llama.cpp's threads spin at a barrier before they sleep; GOMP_SPINCOUNT, if set, wins",
+        "Turns that llama.cpp's threads spin at a barrier before they sleep; GOMP_SPINCOUNT, if set, wins",
         integer(0, 1 << 40),
     )
     wait_policy: str = setting(
         "CARAVAN_ENGINE_WAIT_POLICY",
         "spin",
-        "spin (spin_count turns) or passive (sleep at once: for cores shared with busy equals)",
+        "spin (as many turns as the spin count says) or passive (sleep at once)",
         choice("spin", "passive"),
     )
     template_seconds: float = setting(
-        "CARAVAN_ENGINE_TEMPLATE_SECONDS", "1", "most time of a chat template", number(0.01, 60)
+        "CARAVAN_ENGINE_TEMPLATE_SECONDS",
+        "1",
+        "Seconds that a chat template may take",
+        number(0.01, 60),
     )
-    drain_grace_s: float = setting(
-        "CARAVAN_DRAIN_GRACE_S", "10", "time for running requests at the end", number(0, 3600)
-    )
-    log_level: str = setting(
-        "CARAVAN_LOG_LEVEL",
-        "info",
-        "debug, info, warning or error",
-        choice("debug", "info", "warning", "error"),
-    )
-    otlp_endpoint: str = setting("CARAVAN_OTLP_ENDPOINT", "", "OTLP endpoint; empty: no traces")
 
 
 def prepare_threads(settings: EngineSettings, environ: MutableMapping[str, str]) -> None:

@@ -4,6 +4,7 @@ Jinja's sandbox keeps a template from reaching Python. It does not keep it from 
 times, so here every loop and macro body ticks, and everything that can make a large value is measured before it is made.
 """
 
+# ruff: noqa: N802 - Jinja names the visit methods
 from __future__ import annotations
 
 import re
@@ -11,23 +12,35 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from jinja2 import TemplateSyntaxError, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_indent, do_join, do_replace
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
-from markupsafe import Markup
 
 VALUE_NODES_MAX: Final = 200_000
 """Most values inside one value, counted along every path, so that nested sharing cannot explode when it is printed."""
 WIDTH_MAX: Final = 4096
 _SIMPLE_FORMAT = re.compile(r"%[sdifr%]")
 _TEXT_FILTERS: Final = frozenset(
-    "capitalize e escape forceescape lower safe string striptags title trim upper wordcount".split()
+    {
+        "capitalize",
+        "e",
+        "escape",
+        "forceescape",
+        "lower",
+        "safe",
+        "string",
+        "striptags",
+        "title",
+        "trim",
+        "upper",
+        "wordcount",
+    }
 )
 _REMOVED_FILTERS: Final = frozenset(
-    "center filesizeformat format pprint random urlize wordwrap xmlattr".split()
+    {"center", "filesizeformat", "format", "pprint", "random", "urlize", "wordwrap", "xmlattr"}
 )
 _REMOVED_METHODS: Final = frozenset({"format", "format_map", "expandtabs", "translate"})
 _PADDING_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill"})
@@ -130,7 +143,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             self.budget.spend(self._size(left) + self._size(right))
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls, except for string methods that can make large strings."""
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
@@ -193,12 +206,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def _join_filter(self, value: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
         values = list(value)
         self._check_join(str(d), values)
-        return do_join(_NO_AUTOESCAPE(self), values, str(d), attribute)
+        return do_join(nodes.EvalContext(self), values, str(d), attribute)
 
     def _replace_filter(self, s: str, old: str, new: str, count: int | None = None) -> Any:
         self._size(s)
         self._check_replace(s, old, new)
-        return do_replace(_NO_AUTOESCAPE(self), str(s), str(old), str(new), count)
+        return do_replace(nodes.EvalContext(self), str(s), str(old), str(new), count)
 
     def _indent_filter(
         self, s: str, width: int | str = 4, first: bool = False, blank: bool = False
@@ -236,16 +249,6 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         guarded: nodes.Template = _Guards().visit(tree)
         return guarded
-
-
-class _NO_AUTOESCAPE:  # noqa: N801 - stands in for Jinja's EvalContext
-    """What Jinja's filters ask of an evaluation context."""
-
-    autoescape = False
-    volatile = False
-
-    def __init__(self, environment: TemplateSandbox) -> None:
-        self.environment = environment
 
 
 def _check_width(width: Any) -> None:
@@ -294,6 +297,3 @@ class _Guards(NodeTransformer):
 def _call(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:
     target = nodes.EnvironmentAttribute(name, lineno=line)
     return nodes.Call(target, arguments, [], None, None, lineno=line)
-
-
-__all__ = ["Budget", "Markup", "TemplateLimitError", "TemplateSandbox", "TemplateSyntaxError"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +129,7 @@ def _strftime_now(clock: Clock) -> Callable[[str], str]:
     def strftime_now(format_text: str) -> str:
         if re.search(r"%[^a-zA-Z%]", format_text) or len(format_text) > 200:
             raise TemplateLimitError("it formats the time with widths")
-        now = datetime.datetime.fromtimestamp(clock.wall(), tz=datetime.UTC)
+        now = dt.datetime.fromtimestamp(clock.wall(), tz=dt.UTC)
         return now.strftime(format_text)
 
     return strftime_now

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.runtime.settings import (
-    choice,
+    ProcessSettings,
     integer,
     loopback_address,
     number,
@@ -15,7 +15,7 @@ from services.runtime.settings import (
 
 
 @dataclass(frozen=True)
-class GatewaySettings:
+class GatewaySettings(ProcessSettings):
     """Parsed once at the start; see docs/OPERATING.md."""
 
     address: str = setting(
@@ -65,21 +65,4 @@ class GatewaySettings:
         "300",
         "Seconds after which a connection to an engine that no request uses is closed",
         number(1, 86_400),
-    )
-    log_level: str = setting(
-        "CARAVAN_LOG_LEVEL",
-        "info",
-        "debug, info, warning or error",
-        choice("debug", "info", "warning", "error"),
-    )
-    otlp_endpoint: str = setting(
-        "CARAVAN_OTLP_ENDPOINT",
-        "",
-        "OTLP endpoint for traces over gRPC, such as http://127.0.0.1:4317; empty: off",
-    )
-    drain_grace_s: float = setting(
-        "CARAVAN_DRAIN_GRACE_S",
-        "10",
-        "Seconds that running calls get to end after SIGTERM",
-        number(0, 3_600),
     )

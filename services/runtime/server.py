@@ -8,20 +8,18 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, start_http_server
 
 from services.runtime.channel import SERVER_OPTIONS
 from services.runtime.errors import CaravanError
+from services.runtime.health import Health
 
 _LOG = logging.getLogger(__name__)
-SERVING: Final = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING: Final = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class PortTakenError(Exception):
@@ -108,7 +106,7 @@ class ServiceServer:
         self._names = tuple(service_names)
         self._drain_grace_s = drain_grace_s
         self.grpc = grpc.aio.server(interceptors=[ErrorInterceptor()], options=SERVER_OPTIONS)
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
         shown = (*self._names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*shown, reflection.SERVICE_NAME), self.grpc)
@@ -128,11 +126,11 @@ class ServiceServer:
     async def set_serving(self, serving: bool) -> None:
         """Tells health checks whether to send requests here; "" and each service share one state."""
         for name in ("", *self._names):
-            await self._health.set(name, SERVING if serving else NOT_SERVING)
+            self._health.set(name, serving)
 
     async def drain_and_stop(self) -> None:
         """Turns health first, then waits for running calls up to the grace, then cancels them."""
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         await self.grpc.stop(self._drain_grace_s)
 
 

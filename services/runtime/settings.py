@@ -139,3 +139,26 @@ def _host_and_port(text: str) -> tuple[str, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ValueError("an IPv6 address needs brackets: [::1]:7002")
     return host, int(port)
+
+
+@dataclass(frozen=True)
+class ProcessSettings:
+    """What every service can be told; its own settings extend these."""
+
+    log_level: str = setting(
+        "CARAVAN_LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        choice("debug", "info", "warning", "error"),
+    )
+    otlp_endpoint: str = setting(
+        "CARAVAN_OTLP_ENDPOINT",
+        "",
+        "OTLP endpoint for traces over gRPC, such as http://127.0.0.1:4317; empty: off",
+    )
+    drain_grace_s: float = setting(
+        "CARAVAN_DRAIN_GRACE_S",
+        "10",
+        "Seconds that running requests get to end after SIGTERM",
+        number(0, 3_600),
+    )

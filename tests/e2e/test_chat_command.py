@@ -28,7 +28,9 @@ def test_a_pipe_is_answered(stack: Stack) -> None:
 
 def test_the_demo_model_remembers(stack: Stack, demo: str) -> None:
     """A name given in one turn is known in the next."""
-    done = _chat(stack.url, "My name is Nora.\nWhat is my name?\n", "--model", demo)
+    done = _chat(
+        stack.url, "My name is Nora.\nWhat is my name?\n", "--model", demo, "--temperature", "0"
+    )
     assert done.returncode == 0
     assert "Nora" in done.stdout.splitlines()[-1]
 

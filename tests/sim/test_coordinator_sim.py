@@ -27,8 +27,8 @@ SEED_VARIABLE = "CARAVAN_SIM_SEED"
 LIMITS = Limits(
     interval_s=1.0, engines_max=3, gateways_max=2, leases_max=10, leases_per_engine_max=4
 )
-FAULTS_END_S = 20.0
-SETTLED_S = 40.0
+FAULTS_END_S = 15.0
+SETTLED_S = 32.0
 CAPACITY = 3
 MODELS = ("demo", "other")
 

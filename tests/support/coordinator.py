@@ -212,3 +212,5 @@ async def running_coordinator(
             state.check_integrity()
         finally:
             await server.drain_and_stop()
+    await until(lambda: not servicer._outboxes)
+    assert len(state.leases) + len(state.engines) + len(state.gateways) == 0  # I6

@@ -55,8 +55,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
 
         monkeypatch.setattr(chat_module, "ChatClient", client)
         out = io.StringIO()
-        model, system = options.get("model"), options.get("system")
-        code = chat_module.chat("http://x/v1/", model, system, io.StringIO(lines), out)
+        asked = chat_module.Asked("http://x/v1/", **options)
+        code = chat_module.chat(asked, io.StringIO(lines), out)
         return code, out.getvalue()
 
     return run
@@ -79,8 +79,8 @@ def test_turns_share_a_conversation(run: Callable[..., tuple[int, str]]) -> None
 def test_the_model_can_be_chosen(run: Callable[..., tuple[int, str]]) -> None:
     """--model is sent as it is."""
     server = _Server()
-    run(server, "hi\n", model="other")
-    assert server.asked[0]["model"] == "other"
+    run(server, "hi\n", model="other", temperature=0.0)
+    assert (server.asked[0]["model"], server.asked[0]["temperature"]) == ("other", 0)
 
 
 def test_a_refusal_ends_a_pipe(
@@ -106,22 +106,22 @@ def test_no_server_is_told(
     assert "caravan up" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_the_answer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_the_answer_only() -> None:
     """What was answered before Ctrl-C stays in the conversation, and the request is closed."""
     closed = []
 
     class _Endless(ChatClient):
-        def answer(self, model: str, messages: Any) -> Any:
+        def answer(self, model: str, messages: Any, temperature: Any = None) -> Any:
             try:
                 yield "so far"
                 raise KeyboardInterrupt
             finally:
                 closed.append(True)
 
-    conversation = chat_module.Conversation(None)
     with _Endless("http://x") as client:
-        assert chat_module._take_turn(client, "demo", conversation, "go on", io.StringIO())
-    assert conversation.messages[-1] == {"role": "assistant", "content": "so far"}
+        talk = chat_module._Talk(client, "demo", chat_module.Asked("http://x"), io.StringIO())
+        assert talk._take_turn("go on")
+    assert talk._conversation.messages[-1] == {"role": "assistant", "content": "so far"}
     assert closed
 
 

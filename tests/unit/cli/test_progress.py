@@ -69,6 +69,17 @@ def test_the_line_tells_each_engine(plan: Plan) -> None:
     """The progress shows percentages while loading."""
     seen = _seen("", {0: EngineView(Phase.LOADING, 0.456), 1: READY}, door=False)
     assert status_line(plan, seen) == (
-        "a (engine-0) loading 46% · a (engine-1) ready · b (engine-2) starting"
+        "a (engine-0) loading 45% · a (engine-1) ready · b (engine-2) starting"
         " · b (engine-3) starting · gateway starting"
     )
+
+
+def test_shares_are_told_in_steps(plan: Plan) -> None:
+    """A log gets a line per quarter, and never a share that is not reached yet."""
+    shares = {0.0: "0%", 0.24: "0%", 0.25: "25%", 0.999: "75%", 1.0: "100%"}
+    for share, text in shares.items():
+        seen = _seen("", {0: EngineView(Phase.LOADING, share)})
+        assert f"a (engine-0) loading {text} ·" in status_line(plan, seen, 0.25)
+    for percent in range(101):
+        seen = _seen("", {0: EngineView(Phase.LOADING, percent / 100)})
+        assert f"loading {percent}% ·" in status_line(plan, seen)

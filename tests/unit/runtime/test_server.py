@@ -76,6 +76,29 @@ async def status_of(channel: grpc.aio.Channel, name: str) -> int:
     return int((await health.Check(request)).status)
 
 
+async def test_health_of_unknown_names() -> None:
+    """Check refuses a name that nobody set with NOT_FOUND; Watch says so and tells when it is set."""
+    async with serving() as (_, server, channel):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await status_of(channel, "nobody")
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(health_pb2.HealthCheckRequest(service="late"))
+        unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        assert (await watch.read()).status == unknown
+        server._health.set("late", serving=True)
+        assert (await watch.read()).status == SERVING
+
+
+async def test_nothing_serves_after_the_drain_began() -> None:
+    """A late set_serving(True), such as that of a model that has just loaded, does not undo the drain."""
+    async with serving() as (_, server, channel):
+        await server.set_serving(True)
+        server._health.drain()
+        await server.set_serving(True)
+        assert await status_of(channel, NAME) == NOT_SERVING
+
+
 @pytest.mark.parametrize("name", ["", NAME])
 async def test_health_says_not_serving_until_told(name: str) -> None:
     """A process that has a port but no model yet is not sent requests."""
@@ -99,7 +122,7 @@ async def test_draining_turns_health_first_and_lets_calls_end() -> None:
         await servicer.started.wait()
         draining = asyncio.ensure_future(server.drain_and_stop())
         assert (await watch.read()).status == NOT_SERVING
-        watch.cancel()
+        assert await watch.read() is grpc.aio.EOF  # A watcher does not hold the drain.
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Cancel(pb.CancelRequest())
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

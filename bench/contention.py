@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import contestants, make_model, prompts
+from bench import contestants, model_files, prompts
 from bench.children import busy_pair
-from bench.measures import gaps, median, paired_ratio, percentile, rotated
+from bench.measures import gaps, median, percentile, rotated
 from bench.neighbour import milliseconds
-from bench.report import Report, Table, arguments, ceiling, finish, floor, progress
+from bench.report import Report, Table, arguments, ceiling, finish, progress
 from bench.sse_client import Answer, stream
 
 TOKENS = 64
@@ -95,16 +95,14 @@ def report(found: Found, rounds: int, threads: int) -> Report:
         )
         columns = ("server", "p50", "p90", "p99", "max", "tokens/s")
         result.tables.append(Table(f"{where}: time between tokens, ms", columns, rows))
-    alone, beside = SITUATIONS
+    _, beside = SITUATIONS
     p99 = {who: percentile(found[who, beside].gaps, 0.99) for who in ("caravan", "xllamacpp")}
-    idle = paired_ratio(found["caravan", alone].speeds, found["xllamacpp", alone].speeds)
     result.claims += [
         ceiling(
             "p99 beside two busy processes, caravan / llama.cpp server",
             p99["caravan"] / p99["xllamacpp"],
             SHARE,
         ),
-        floor("tokens/s alone, same settings, caravan / llama.cpp server", idle, 1.0),
     ]
     return result
 
@@ -114,9 +112,9 @@ def main() -> int:
     parser = arguments("contention", __doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shape", choices=sorted(make_model.SHAPES), default="qwen-0.5b")
+    parser.add_argument("--shape", choices=sorted(model_files.SHAPES), default="qwen-0.5b")
     args = parser.parse_args()
-    model = make_model.ensure(args.shape)
+    model = model_files.ensure(args.shape)
     found = measure(model, args.rounds, args.threads)
     return finish(report(found, args.rounds, args.threads), args.json)
 

@@ -12,17 +12,16 @@ import argparse
 import itertools
 import os
 import string
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-MODELS = Path(__file__).parent / "models"
+from bench.model_files import MODELS, SHAPES, Shape
+
 Q8_BLOCK = 32
 # Weights of this spread keep activations of a 24-layer network finite and its logits well apart.
 WEIGHT_SPREAD = 0.02
@@ -32,30 +31,6 @@ CHATML = (
     "+ '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes that decide how long a step takes. Widths are in elements."""
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    feed_forward: int
-    vocabulary: int
-    context: int
-
-    @property
-    def kv_width(self) -> int:
-        """Width of one layer's keys (and of its values)."""
-        return self.width // self.heads * self.kv_heads
-
-
-SHAPES = {
-    "qwen-0.5b": Shape(24, 896, 14, 2, 4864, 151_936, 32_768),
-    "tiny": Shape(2, 64, 2, 1, 128, 2_048, 2_048),
-}
 
 
 def byte_alphabet() -> list[str]:
@@ -169,15 +144,6 @@ def make(name: str, target: Path, seed: int = 7) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     partial.replace(target)
-    return target
-
-
-def ensure(name: str = "qwen-0.5b") -> Path:
-    """Returns the path of the model `name`, made now if it is not there yet."""
-    target = MODELS / f"{name}.gguf"
-    if not target.exists():
-        print(f"making {target} ...", file=sys.stderr, flush=True)
-        make(name, target)
     return target
 
 

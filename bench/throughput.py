@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import contestants, make_model, prompts
+from bench import contestants, model_files, prompts
 from bench.measures import median, paired_ratio, rotated
 from bench.report import Claim, Report, Table, arguments, finish, floor, progress
 from bench.sse_client import stream
@@ -41,7 +41,8 @@ def server_runner(server: contestants.Server) -> Runner:
 
     async def together(round_number: int, streams: int) -> float:
         bodies = [
-            server.chat_body(prompts.chat_prompt(round_number, s), TOKENS) for s in range(streams)
+            server.chat_body(prompts.chat_prompt(round_number, streams, s), TOKENS)
+            for s in range(streams)
         ]
         started = time.perf_counter()
         answers = await asyncio.gather(
@@ -59,7 +60,9 @@ def raw_runner(loop: contestants.RawLoop) -> Runner:
     """Measures the plain loop: (round, streams) -> tokens per second."""
 
     def run(round_number: int, streams: int) -> float:
-        texts = [prompts.rendered(prompts.chat_prompt(round_number, s)) for s in range(streams)]
+        texts = [
+            prompts.rendered(prompts.chat_prompt(round_number, streams, s)) for s in range(streams)
+        ]
         result = loop.run(texts, TOKENS)
         return float(result["tokens"]) / float(result["wall_s"])
 
@@ -134,13 +137,13 @@ def main() -> int:
     parser = arguments("throughput", __doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--shape", choices=sorted(make_model.SHAPES), default="qwen-0.5b")
+    parser.add_argument("--shape", choices=sorted(model_files.SHAPES), default="qwen-0.5b")
     parser.add_argument("--peers", default=",".join(PEERS), help="default: %(default)s")
     args = parser.parse_args()
     peers = args.peers.split(",") if args.peers else []
     if unknown := set(peers) - set(PEERS):
         parser.error(f"unknown peers: {', '.join(sorted(unknown))}")
-    model = make_model.ensure(args.shape)
+    model = model_files.ensure(args.shape)
     return finish(run(model, peers, args.rounds, args.threads), args.json)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import stable
-from models.corpus.dialogues import GRADED_SKILLS, graded_dialogue
+from models.corpus.graded import GRADED_SKILLS, graded_dialogue
 from models.grading import is_right
 from models.llama_runner import LlamaRunner
 from models.template import TEMPLATE, Renderer

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from models.corpus import calls, facts, memory, numbers, stories, structured, talk
-from models.corpus.exchange import Exchange, Message, draw, is_held_out
+from models.corpus.exchange import Exchange, Message, draw
 from models.corpus.system_prompts import system_prompt
-from models.corpus.tools import Listed, Schema, list_tools
+from models.corpus.tools import Schema, list_tools
 
 Maker = Callable[[random.Random], Exchange]
 PLAIN: dict[str, Maker] = {
@@ -21,7 +21,8 @@ PLAIN: dict[str, Maker] = {
 """Skills whose exchanges stand alone."""
 NEEDS_NO_TOOL = ("greeting", "identity", "facts", "echo", "JSON", "counting")
 """Skills that a listed tool does not change."""
-_FILLERS = ("greeting", "identity", "facts", "echo", "do not know")
+FILLERS = ("greeting", "identity", "facts", "echo", "do not know")
+"""Skills whose exchanges stand between telling and asking."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _with_memory(rng: random.Random, dialogue: Dialogue, length: int) -> None:
         if roll < 0.2 and len(known) < 5:
             dialogue.add(memory.tell(rng, known))
         elif roll < 0.55:
-            dialogue.add(draw(PLAIN[rng.choice(_FILLERS)], rng, held_out=False))
+            dialogue.add(draw(PLAIN[rng.choice(FILLERS)], rng, held_out=False))
         else:
             dialogue.add(draw(lambda rng: memory.ask(rng, known), rng, held_out=False))
     dialogue.add(draw(lambda rng: memory.ask(rng, known), rng, held_out=False))
@@ -112,60 +113,3 @@ def _tool_missing(rng: random.Random) -> Exchange:
                 "find", "look", "buy", "play", "warm", "tell", "write")  # fmt: skip
         if not any(word in question for word in near):
             return exchange
-
-
-def graded_dialogue(rng: random.Random, skill: str) -> Dialogue:
-    """A held-out draw of `skill`, in half of the cases after a system prompt or other exchanges."""
-    dialogue = Dialogue()
-    if rng.random() < 0.35:
-        dialogue.messages.append({"role": "system", "content": system_prompt(rng)})
-    if skill in _GRADED_TOOLS:
-        listed = list_tools(rng, ("weather",) if skill == "two tool calls" else ())
-        dialogue.tools = [tool.schema for tool in listed]
-        dialogue.add(draw(lambda rng: _GRADED_TOOLS[skill](rng, listed), rng, held_out=True))
-    elif skill == "recall":
-        _add_recall(rng, dialogue)
-    else:
-        for _ in range(rng.choice((0, 0, 1, 2))):
-            dialogue.add(draw(PLAIN[rng.choice(_FILLERS)], rng, held_out=False))
-        dialogue.add(draw(GRADED[skill], rng, held_out=True))
-    return dialogue
-
-
-def _add_recall(rng: random.Random, dialogue: Dialogue) -> None:
-    while True:
-        known: dict[str, str] = {}
-        told = [memory.tell(rng, known) for _ in range(rng.randint(1, 3))]
-        question = memory.ask(rng, known)
-        if is_held_out(question.key):
-            break
-    for exchange in told:
-        dialogue.add(exchange)
-    for _ in range(rng.randint(0, 3)):
-        dialogue.add(draw(PLAIN[rng.choice(_FILLERS)], rng, held_out=False))
-    dialogue.add(question)
-
-
-def _two_calls(rng: random.Random, listed: tuple[Listed, ...]) -> Exchange:
-    tool = next(tool for tool in listed if tool.id == "weather")
-    both = calls.parallel_calls(rng, tool)
-    return Exchange(both.skill, both.key, both.messages[:2])
-
-
-def _no_tool(rng: random.Random, _listed: tuple[Listed, ...]) -> Exchange:
-    exchange = PLAIN[rng.choice(NEEDS_NO_TOOL)](rng)
-    return Exchange("no tool needed", exchange.key, exchange.messages)
-
-
-_GRADED_TOOLS = {
-    "tool call": calls.tool_call, "answer from a tool": calls.tool_answer,
-    "two tool calls": _two_calls, "no tool needed": _no_tool,
-}  # fmt: skip
-GRADED: dict[str, Maker] = {
-    **{skill: maker for skill, maker in PLAIN.items() if skill != "usual phrases"},
-    "greeting": talk.unusual_greeting,
-    "identity": talk.unusual_identity,
-    "do not know, new topics": talk.unknown_new_words,
-}
-GRADED_SKILLS = (*GRADED, "recall", *_GRADED_TOOLS)
-"""Everything that evaluation draws."""

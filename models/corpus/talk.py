@@ -135,20 +135,6 @@ def usual(rng: random.Random) -> Exchange:
     return simple("usual phrases", text, answer, key=_ALWAYS_TRAINED)
 
 
-def unusual_greeting(rng: random.Random) -> Exchange:
-    """A greeting that `usual` does not have; for evaluation."""
-    while (exchange := greeting(rng)).messages[0]["content"] in USUAL:
-        pass
-    return exchange
-
-
-def unusual_identity(rng: random.Random) -> Exchange:
-    """The same for questions about the model."""
-    while (exchange := identity(rng)).messages[0]["content"] in USUAL:
-        pass
-    return exchange
-
-
 def invented(rng: random.Random) -> str:
     """A word that is in no table."""
     return pseudo_word(rng.random(), rng.random(), rng.random())

@@ -11,9 +11,14 @@ from pathlib import Path
 def open_log(path: Path) -> int:
     """A descriptor that appends to a new file; the file of the run before becomes NAME.1. The caller closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    put_aside(path)
+    return reopen_log(path)
+
+
+def put_aside(path: Path) -> None:
+    """Makes the file, if there is one, NAME.1."""
     if path.exists():
         path.replace(_older(path))
-    return reopen_log(path)
 
 
 def reopen_log(path: Path) -> int:

@@ -87,16 +87,23 @@ class Supervisor:
         self.codes.pop(planned.name, None)
         if self._stopping:  # asked while the process was being created: nobody else knows of it yet
             child.kill() if self._killing else child.ask_to_end()
-        self._endpoints.started(planned, child.pid)
+        self._tell(lambda: self._endpoints.started(planned, child.pid))
         try:
             code = await child.wait()
         finally:
             del self._children[planned.name]
-            self._endpoints.ended(planned)
+            self._tell(lambda: self._endpoints.ended(planned))
         child.kill()  # what it may have left in its group
         if not self._stopping:
             self.codes[planned.name] = code
         return describe_exit(code)
+
+    def _tell(self, write: Callable[[], None]) -> None:
+        # A full disk must not end supervision.
+        try:
+            write()
+        except OSError as error:
+            self._say(f"endpoints.json is out of date: {error.strerror}")
 
     async def cap_logs(self, bytes_max: int) -> None:
         """Keeps the logs short, for ever."""

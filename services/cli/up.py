@@ -16,7 +16,7 @@ from typing import Final
 import services
 from services.cli import envoy, model_sources, ports, probes, state_dir
 from services.cli.display import Display, ready_text
-from services.cli.log_files import last_lines
+from services.cli.log_files import last_lines, put_aside
 from services.cli.plan import OWNER_KEY, Installation, Plan, UpOptions, make_plan
 from services.cli.progress import TRIES_MAX, EngineView, Phase, Seen, Verdict, judge, status_line
 from services.cli.settings import UpSettings
@@ -92,6 +92,7 @@ def prepare(options: UpOptions, settings: UpSettings) -> Plan:
         options, settings, choose_ports(options), install, len(os.sched_getaffinity(0))
     )
     plan.access_log.parent.mkdir(parents=True, exist_ok=True)
+    put_aside(plan.access_log)
     template = (install.envoy_folder / "envoy.yaml").read_text(encoding="utf-8")
     try:
         text = envoy.render(

@@ -158,21 +158,21 @@ def _locate(skeleton: str, originals: Sequence[str], rendered: str) -> list[tupl
     return spans if place == len(rendered) else None
 
 
-# Structure, not text of the caller: templates compare these.
-_FIXED_KEYS: Final = frozenset({"role", "type"})
+# Words of ours that templates compare; no caller can put anything into them.
+_FIXED: Final = frozenset({*_ROLES.values(), "function"})
 
 
-def _texts(value: Any, key: str = "") -> Iterator[str]:
+def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if key not in _FIXED_KEYS:
+        if value not in _FIXED:
             yield value
     elif isinstance(value, dict):
         for name, item in value.items():
             yield name
-            yield from _texts(item, name)
+            yield from _texts(item)
     elif isinstance(value, list):
         for item in value:
-            yield from _texts(item, key)
+            yield from _texts(item)
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -185,19 +185,17 @@ def _keys(value: Any) -> Iterator[str]:
             yield from _keys(item)
 
 
-def _map_texts(
-    value: Any, change: Callable[[str], str], key: str = "", *, keys: bool = False
-) -> Any:
+def _map_texts(value: Any, change: Callable[[str], str], *, keys: bool = False) -> Any:
     """A copy with the caller's texts changed; keys stay, unless told, since templates look them up."""
     if isinstance(value, str):
-        return value if key in _FIXED_KEYS or not value else change(value)
+        return value if value in _FIXED or not value else change(value)
     if isinstance(value, dict):
         return {
-            change(name) if keys else name: _map_texts(item, change, name, keys=keys)
+            change(name) if keys else name: _map_texts(item, change, keys=keys)
             for name, item in value.items()
         }
     if isinstance(value, list):
-        return [_map_texts(item, change, key, keys=keys) for item in value]
+        return [_map_texts(item, change, keys=keys) for item in value]
     return value
 
 

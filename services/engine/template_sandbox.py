@@ -42,7 +42,7 @@ _TEXT_FILTERS: Final = frozenset(
 _REMOVED_FILTERS: Final = frozenset(
     {"center", "filesizeformat", "format", "pprint", "random", "urlize", "wordwrap", "xmlattr"}
 )
-_REMOVED_METHODS: Final = frozenset({"format", "format_map", "expandtabs", "translate"})
+_REMOVED_METHODS: Final = frozenset({"expandtabs", "translate"})
 _PADDING_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill"})
 
 
@@ -150,6 +150,12 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
             self._check_string_method(owner, obj.__name__, args, kwargs)
         self.budget.spend(0)
         return super().call(context, obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Jinja hides str.format behind a function of its own; a width in a format can make a string of any size."""
+        if super().wrap_str_format(value) is not None:
+            raise TemplateLimitError("it uses str.format")
+        return None
 
     def _check_string_method(
         self, owner: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -136,10 +136,13 @@ async def serve(settings: GatewaySettings) -> int:
         stack.callback(tracing.shutdown)
         gateway = Gateway(settings, registry, SystemClock(), random_id, tracing)
         stack.push_async_callback(gateway.stop)
+        # Before anything listens: from then on a SIGTERM drains instead of killing.
+        stop = asyncio.create_task(wait_for_stop(stopping))
+        stack.push_async_callback(cancel_all, [stop])
         start_metrics(settings.metrics_address, registry)
         port = await gateway.start(stopping)
         _LOG.info("listening on port %d", port)
-        await wait_for_stop(stopping)
+        await stop
         _LOG.info("stopping")
     return 1 if gateway.failed else 0
 

@@ -50,7 +50,7 @@ class CoordinatorClient:
 
     async def route(self, request_id: str, model: str, headers: Headers) -> Lease:
         """A lease. Joins again where the coordinator has forgotten this gateway, once."""
-        gateway_id = self._membership.gateway_id()
+        gateway_id = await self._membership.gateway_id()
         try:
             return await self._route(request_id, gateway_id, model, headers)
         except CaravanError as error:

@@ -13,6 +13,7 @@ from caravan.inference.v1 import inference_service_pb2 as pb
 from caravan.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 from services.gateway.coordinator import CoordinatorClient
+from services.gateway.engine_errors import in_typed_words
 from services.gateway.requests import Api, InferenceRequest
 from services.gateway.rpc_metadata import (
     Context,
@@ -101,7 +102,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                     ended = True
                     yield response(finished=_finished(event.finished))
         except CaravanError as error:
-            await abort(context, error, request_id, openai=False)
+            shown = error if session is None else in_typed_words(error, api)
+            await abort(context, shown, request_id, openai=False)
         finally:
             if session is not None:
                 session.close()

@@ -50,13 +50,16 @@ class Membership:
         self._on_change = on_change
         self._joined = asyncio.Event()
         self._was_joined = False
+        self._renewing = False
         self._gateway_id = ""
         self._hearing: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         self._interval_s = timeout_s
 
-    def gateway_id(self) -> str:
-        """The id of the session. Raises SERVICE_UNAVAILABLE where there is none."""
+    async def gateway_id(self) -> str:
+        """The id of the session; waits only while a session is being renewed. Raises SERVICE_UNAVAILABLE."""
+        if self._renewing:
+            await self._wait_joined()
         if not self._joined.is_set():
             raise coordinator_down()
         return self._gateway_id
@@ -65,15 +68,18 @@ class Membership:
         """The coordinator does not know `unknown_id`: the id of the session after it. Raises SERVICE_UNAVAILABLE."""
         if self._joined.is_set() and self._gateway_id == unknown_id:
             self._joined.clear()
+            self._renewing = True
             if self._hearing is not None:
                 # Not the call: a write to it that is under way would be cancelled, and with it the task of run().
                 self._hearing.cancel()
+        return await self.gateway_id()
+
+    async def _wait_joined(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._joined.wait()
         except TimeoutError:
             raise coordinator_down() from None
-        return self.gateway_id()
 
     async def run(self) -> None:
         """Joins, and joins again after each end, until cancelled."""
@@ -81,6 +87,9 @@ class Membership:
         while True:
             was_joined = await self._session()
             backoff_s = _BACKOFF_MIN_S if was_joined else min(2 * backoff_s, _BACKOFF_MAX_S)
+            if was_joined and self._renewing:
+                continue
+            self._renewing = False
             await asyncio.sleep(backoff_s)
 
     async def _session(self) -> bool:
@@ -121,6 +130,7 @@ class Membership:
                 self._interval_s = max(0.01, response.heartbeat_interval.ToMilliseconds() / 1000)
                 if not self._was_joined:
                     self._was_joined = True
+                    self._renewing = False
                     self._joined.set()
                     _LOG.info("joined the coordinator as %s", self._gateway_id)
                     await self._on_change(self._joined.is_set())

@@ -17,8 +17,8 @@ from google.api.httpbody_pb2 import HttpBody
 
 from services.gateway import openai_plain, openai_stream
 from services.gateway.coordinator import CoordinatorClient
+from services.gateway.engine_errors import in_openai_words
 from services.gateway.openai_answer import AnswerHead
-from services.gateway.openai_errors import in_openai_words
 from services.gateway.openai_request import parse_chat, parse_completion
 from services.gateway.requests import Api, InferenceRequest
 from services.gateway.rpc_metadata import (
@@ -124,7 +124,7 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
                     first = HttpBody(content_type=openai_stream.CONTENT_TYPE, data=data)
                     yield response(body=first)
         except (CaravanError, MemoryError, ValueError) as caught:
-            error = _as_shown(caught, api)
+            error = _as_shown(caught, api, of_engine=session is not None)
             if sent:
                 # The status is gone; an event is all that a REST client can see.
                 yield response(body=HttpBody(data=openai_stream.error_event(error)))
@@ -172,9 +172,9 @@ async def _collect(request: InferenceRequest, session: RequestSession, head: Ans
             return answer.finished(event.finished)
 
 
-def _as_shown(caught: Exception, api: Api) -> CaravanError:
+def _as_shown(caught: Exception, api: Api, *, of_engine: bool) -> CaravanError:
     if isinstance(caught, CaravanError):
-        return in_openai_words(caught, api)
+        return in_openai_words(caught, api) if of_engine else caught
     _LOG.error("unexpected error", exc_info=caught)
     return CaravanError("INTERNAL", "An internal error occurred; the log has the details.")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +36,15 @@ class Front:
         return self.http.get("/healthz").status_code == 200
 
 
-@pytest.fixture(scope="module")
-def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """Envoy, started once per file."""
-    folder = tmp_path_factory.mktemp("envoy with a space and 'quotes'")
+@contextlib.contextmanager
+def serving(folder: Path, edit: Callable[[str], str] = str) -> Iterator[Front]:
+    """Envoy before a stand-in gateway; `edit` changes the text of the configuration."""
     install = installation()
     port, admin, gateway_port = free_port(), free_port(), free_port()
     access_log = folder / "access.log"
     settings = EnvoySettings(install.envoy_folder, port, admin, gateway_port, access_log)
     config = folder / "envoy.yaml"
-    config.write_text(render((install.envoy_folder / "envoy.yaml").read_text(), settings))
+    config.write_text(edit(render((install.envoy_folder / "envoy.yaml").read_text(), settings)))
     server, gateway = stand_in_gateway.serve(gateway_port)
     argv = [install.envoy, "-c", str(config), "--disable-hot-restart", "--concurrency", "1"]
     argv += ["--log-level", "error", "--file-flush-interval-msec", "100"]
@@ -59,6 +59,13 @@ def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
         finally:
             envoy.kill()
             front.server.stop(0).wait()
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """Envoy, started once per file."""
+    with serving(tmp_path_factory.mktemp("envoy with a space and 'quotes'")) as front:
+        yield front
 
 
 def _up(front: Front) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from contextlib import nullcontext
+from typing import Any
 
 import grpc
 import pytest
 from caravan.core.v1 import generation_pb2
 
 from services.runtime.errors import CaravanError, from_rpc_error
+from tests.support.coordinator import until
 from tests.support.gateway import (
     ANSWER,
     FakeEngine,
@@ -22,7 +24,6 @@ from tests.support.gateway import (
     openai_error,
     running,
     started,
-    until,
 )
 
 LEFT_S = 2.0
@@ -37,7 +38,7 @@ def _last_error(body: bytes) -> dict[str, object]:
     return error
 
 
-async def _stream_until_error(rig: Rig, **fields: object) -> tuple[bytes, grpc.aio.AioRpcError]:
+async def _stream_until_error(rig: Rig, **fields: Any) -> tuple[bytes, grpc.aio.AioRpcError]:
     body = b""
     try:
         async for part in rig.chat(stream=True, **fields):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -16,6 +17,13 @@ MODELS = {
     "prefill": "scripted:?prefill_ms_per_token=5",
 }
 SEQUENCES = 8
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Starting a stack takes 3 s alone and half a minute beside other work; a test may start two."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(240))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 def _chat(url: str, lines: str, *options: str) -> subprocess.CompletedProcess[str]:
     arguments = command("chat", "--url", url, *options)
     return subprocess.run(
-        arguments, input=lines, capture_output=True, text=True, timeout=30, check=False
+        arguments, input=lines, capture_output=True, text=True, timeout=60, check=False
     )
 
 

@@ -17,12 +17,13 @@ from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 MODELS = {"fast": "scripted:?", "slow": "scripted:?step_ms=20"}
+LOADING = {"loading": "scripted:?load_ms=1500"}
 
 
 @pytest.fixture(scope="module")
 def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack whose processes may be killed."""
-    with running(tmp_path_factory.mktemp("mortal"), MODELS) as stack:
+    with running(tmp_path_factory.mktemp("mortal"), MODELS | LOADING) as stack:
         yield stack
 
 
@@ -40,7 +41,7 @@ def test_what_is_killed_comes_back(mortal: Stack, name: str) -> None:
     before = mortal.processes()
     os.kill(before[name]["pid"], signal.SIGKILL)
     wait_for(lambda: mortal.pids().get(name) != before[name]["pid"], "its death is known")
-    wait_for(lambda: name in mortal.pids() and _answers(mortal), "it works again", 30)
+    wait_for(lambda: name in mortal.pids() and _answers(mortal), "it works again", 60)
     after = mortal.processes()
     changed = {n for n in before if before[n]["pid"] != after[n]["pid"]}
     assert changed == {name}
@@ -62,8 +63,29 @@ def test_a_death_in_mid_answer_is_told(mortal: Stack) -> None:
     assert rest[-1].startswith('data: {"error":')
     assert "engine_lost" in rest[-1]
     assert sum('"error"' in line for line in rest) == 1
-    wait_for(lambda: _answers(mortal, "slow"), "the engine works again", 30)
+    wait_for(lambda: _answers(mortal, "slow"), "the engine works again", 60)
     mortal.wait_until_free()
+
+
+def test_a_model_that_loads_again_is_503(mortal: Stack) -> None:
+    """While its only engine is being replaced a model stays known: 503 with Retry-After, never 404, then answers."""
+    os.kill(mortal.pids()["engine-2"], signal.SIGKILL)
+    wait_for(lambda: "engine-2" not in mortal.pids(), "its death is known")
+    codes = set()
+    with httpx.Client(base_url=mortal.url, timeout=20) as client:
+
+        def answered() -> bool:
+            response = client.post(CHAT, json=chat_body("loading", max_tokens=2))
+            if response.status_code == 200:
+                return True
+            assert response.status_code == 503, response.text
+            assert int(response.headers["retry-after"]) >= 1
+            codes.add(response.json()["error"]["code"])
+            return False
+
+        wait_for(answered, "the model answers again", 60)
+    assert "model_loading" in codes
+    assert codes <= {"model_loading", "no_engine", "engine_lost", "service_unavailable"}
 
 
 def _listening(stack: Stack) -> list[str]:
@@ -86,7 +108,7 @@ def test_ctrl_c_finishes_what_runs(tmp_path: Path) -> None:
             next(lines)
             stack.interrupt()
             assert list(lines)[-2:] == ["data: [DONE]", ""]
-        assert stack.process.wait(15) == 0
+        assert stack.process.wait(30) == 0
         assert alive(pids) == []
         assert all(ports.is_free(int(a.rpartition(":")[2])) for a in addresses)
         assert not (tmp_path / "endpoints.json").exists()
@@ -115,7 +137,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             lambda: any("Ctrl-C again" in line for line in stack.lines), "it says what it does"
         )
         stack.interrupt()
-        stack.process.wait(5)
+        stack.process.wait(8)
         reader.join(10)
         assert alive(pids) == []
 
@@ -126,6 +148,6 @@ def test_kill_9_of_the_command_leaves_no_orphan(tmp_path: Path) -> None:
         pids = list(stack.pids().values())
         stack.process.kill()
         stack.process.wait()
-        wait_for(lambda: not alive(pids), "all processes are gone", 10)
+        wait_for(lambda: not alive(pids), "all processes are gone", 20)
     with running(tmp_path, {"fast": "scripted:?"}) as stack:
         assert _answers(stack)

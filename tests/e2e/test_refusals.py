@@ -14,7 +14,7 @@ from tests.support.stack import command, running
 pytestmark = pytest.mark.e2e
 
 
-def _run(*arguments: str, timeout: float = 40) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout, check=False
     )

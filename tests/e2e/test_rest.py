@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -119,6 +121,27 @@ def test_beyond_the_capacity_is_429(stack: Stack, http: httpx.Client) -> None:
         assert http.post(CHAT, json=chat_body("fast", max_tokens=1)).status_code == 200
     stack.wait_until_free()
     assert http.post(CHAT, json=chat_body("slow", max_tokens=1)).status_code == 200
+
+
+def test_a_connection_is_kept(stack: Stack) -> None:
+    """One connection carries streams, plain answers and refusals in turn; the server never drops it."""
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=20)
+    connection.connect()
+    connection.auto_open = (
+        0  # a connection that was closed would otherwise be opened again in silence
+    )
+    bodies = [
+        (200, chat_body("fast", max_tokens=4, stream=True)),
+        (200, chat_body("fast", max_tokens=4)),
+        (400, chat_body("fast", temperature=9)),
+        (404, chat_body("none")),
+    ]
+    with contextlib.closing(connection):
+        for status, body in bodies * 30:
+            connection.request("POST", CHAT, json.dumps(body))
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status
 
 
 class _Streams:

@@ -30,6 +30,7 @@ from services.runtime.clock import CountingIds, SystemClock
 from services.runtime.errors import CaravanError
 from services.runtime.server import ServiceServer
 from services.runtime.telemetry import NoTracing, Tracing
+from tests.support.coordinator import until
 
 Event = engine_pb.GenerateResponse
 Step = Event | CaravanError | Callable[[], Awaitable[None]]
@@ -49,7 +50,7 @@ def delta(text: str, **fields: Any) -> Event:
 
 
 def finished(
-    reason: generation_pb2.FinishReason = generation_pb2.FINISH_REASON_STOP,
+    reason: generation_pb2.FinishReason.ValueType = generation_pb2.FINISH_REASON_STOP,
 ) -> Event:
     """The last event."""
     usage = generation_pb2.Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1)
@@ -106,6 +107,18 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
         finally:
             self.running -= 1
 
+    async def Cancel(self, request: Any, context: Any) -> Any:
+        """A gateway cancels by ending its call, never by this."""
+        raise AssertionError("not called by gateways")
+
+    async def GetStatus(self, request: Any, context: Any) -> Any:
+        """Nor does it ask for the status."""
+        raise AssertionError("not called by gateways")
+
+    async def ListInflight(self, request: Any, context: Any) -> Any:
+        """Nor for the list."""
+        raise AssertionError("not called by gateways")
+
 
 @dataclass
 class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
@@ -114,7 +127,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     engines: list[FakeEngine] = field(default_factory=list)
     refusals: list[Step] = field(default_factory=list)
     grants: dict[str, str] = field(default_factory=dict)
-    releases: list[tuple[str, coordinator_pb.Outcome]] = field(default_factory=list)
+    releases: list[tuple[str, coordinator_pb.Outcome.ValueType]] = field(default_factory=list)
     routes: list[coordinator_pb.RouteRequest] = field(default_factory=list)
     joined: list[str] = field(default_factory=list)
     cancels: list[str] = field(default_factory=list)
@@ -123,6 +136,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     known: set[str] = field(default_factory=set)
     beats: int = 0
     silent: bool = False
+    interval_ms: int = 2_000
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -148,7 +162,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         self.joined.append(first.gateway_id)
         self.known.add(first.gateway_id)
         response = coordinator_pb.JoinGatewayResponse()
-        response.heartbeat_interval.FromMilliseconds(50)
+        response.heartbeat_interval.FromMilliseconds(self.interval_ms)
         try:
             yield response
             async for _ in requests:
@@ -199,6 +213,19 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         """Lists the models that the test set."""
         return coordinator_pb.ListModelsResponse(models=self.models)
 
+    async def JoinEngine(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Engines are given by the test."""
+        raise AssertionError("not called by gateways")
+        yield
+
+    async def ListInflight(self, request: Any, context: Any) -> Any:
+        """Asked by operators only."""
+        raise AssertionError("not called by gateways")
+
+    async def ListEngines(self, request: Any, context: Any) -> Any:
+        """Asked by operators only."""
+        raise AssertionError("not called by gateways")
+
 
 class Rig:
     """The gateway, its peers and a client."""
@@ -217,7 +244,7 @@ class Rig:
         self.registry = registry
         self.openai = openai_grpc.OpenAIServiceStub(channel)
         self.inference = inference_grpc.InferenceServiceStub(channel)
-        self.health = health_pb2_grpc.HealthStub(channel)
+        self.health: Any = health_pb2_grpc.HealthStub(channel)
 
     def chat(self, body: bytes | None = None, timeout: float | None = 20, **fields: Any) -> Any:
         """A call of CreateChatCompletion."""
@@ -258,30 +285,24 @@ def chat(**fields: Any) -> bytes:
     return json.dumps({"model": "demo", "messages": messages, **fields}).encode()
 
 
-async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
-    """Returns when the condition holds; fails the test after the deadline."""
-    async with asyncio.timeout(deadline_s):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 async def until_serving(rig: Rig, serving: bool) -> None:
     """Returns when the health check says so; fails the test after 10 s."""
     async with asyncio.timeout(10):
-        while await rig.serving() is not serving:
-            await asyncio.sleep(0.005)
+        async for answer in rig.health.Watch(health_pb2.HealthCheckRequest(service="")):
+            if (answer.status == health_pb2.HealthCheckResponse.SERVING) is serving:
+                return
 
 
 @asynccontextmanager
 async def running(
-    *script: Step, tracing: Tracing | None = None, join: bool = True, **settings: Any
+    *script: Step, tracing: Tracing | None = None, interval_ms: int = 2_000, **settings: Any
 ) -> AsyncIterator[Rig]:
     """A gateway with one engine that plays `script`."""
     async with AsyncExitStack() as stack:
         engine = FakeEngine(script or ANSWER)
         await engine.start()
         stack.push_async_callback(engine.kill)
-        coordinator = FakeCoordinator([engine])
+        coordinator = FakeCoordinator([engine], interval_ms=interval_ms)
         port = await coordinator.server.start()
         stack.push_async_callback(coordinator.server.grpc.stop, 0)
         registry = CollectorRegistry()
@@ -289,7 +310,7 @@ async def running(
             GatewaySettings(
                 address="127.0.0.1:0",
                 coordinator=f"127.0.0.1:{port}",
-                **{"drain_grace_s": 0.0, "coordinator_timeout_s": 2.0, **settings},
+                **{"drain_grace_s": 0.0, "coordinator_timeout_s": 10.0, **settings},
             ),
             registry,
             SystemClock(),
@@ -301,8 +322,7 @@ async def running(
         channel = open_channel(f"127.0.0.1:{gateway_port}")
         stack.push_async_callback(channel.close)
         rig = Rig(gateway, coordinator, engine, channel, registry)
-        if join:
-            await until_serving(rig, serving=True)
+        await until_serving(rig, serving=True)
         yield rig
 
 

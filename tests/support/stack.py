@@ -134,7 +134,7 @@ def running(
     models: Mapping[str, str],
     *options: str,
     environment: Mapping[str, str] | None = None,
-    wait_s: float = 50.0,
+    wait_s: float = 100.0,
 ) -> Iterator[Stack]:
     """`caravan up` until it is ready; ends it, and whatever is left of it, at the end."""
     port = free_port()
@@ -168,7 +168,7 @@ def _end(stack: Stack) -> None:
     if stack.process.poll() is None:
         stack.interrupt()
         try:
-            stack.process.wait(20)
+            stack.process.wait(40)
         except subprocess.TimeoutExpired:
             stack.process.kill()  # its lifeline ends the rest
             stack.process.wait()

@@ -29,9 +29,9 @@ class StandIn(openai_grpc.OpenAIServiceServicer, inference_grpc.InferenceService
 
     def __init__(self) -> None:
         self.left = threading.Event()
-        self.holding = threading.Event()
         self.release = threading.Event()
         self.sent = 0
+        self.hanging = 0
 
     def CreateChatCompletion(
         self, request: openai_pb.CreateChatCompletionRequest, context: Any
@@ -60,7 +60,6 @@ class StandIn(openai_grpc.OpenAIServiceServicer, inference_grpc.InferenceService
                     yield HttpBody(content_type=SSE, data=b"data: %d%b\n\n" % (number, padding))
                     self.sent += 1
                     if number == 0 and script.get("hold"):
-                        self.holding.set()
                         self.release.wait(20)
                 yield HttpBody(content_type=SSE, data=b"data: [DONE]\n\n")
             case "error":
@@ -73,7 +72,7 @@ class StandIn(openai_grpc.OpenAIServiceServicer, inference_grpc.InferenceService
                 context.abort(grpc.StatusCode.INTERNAL, "broke")
             case "hang":
                 context.add_callback(self.left.set)
-                self.holding.set()
+                self.hanging += 1
                 self.left.wait(20)
 
     def ListModels(self, request: Any, context: Any) -> Any:

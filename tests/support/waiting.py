@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T], what: str, timeout_s: float = 15.0) -> T:
+def wait_for(look: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
     """The first true value of `look`. Fails the test with `what` after the deadline."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -102,6 +102,25 @@ async def test_a_program_that_cannot_be_run_is_tried_again(tmp_path: Path) -> No
     await supervisor.stop(5, _open_door)
 
 
+async def test_a_full_disk_does_not_end_supervision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When endpoints.json cannot be written that is told, and processes still come back."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Endpoints, "_write", full)
+    said: list[str] = []
+    supervisor = _supervisor(tmp_path, _process("gateway", "gateway", WAITS), said=said)
+    supervisor.start()
+    await _until(lambda: _is_up(supervisor, "gateway"), "the process runs")
+    os.kill(supervisor._children["gateway"].pid, signal.SIGKILL)
+    await _until(lambda: _is_up(supervisor, "gateway", 2), "it runs again")
+    assert "No space left" in said[0]
+    await supervisor.stop(5, _open_door)
+
+
 async def test_the_end_comes_in_order(tmp_path: Path) -> None:
     """Envoy goes first, the coordinator last, and the door is closed before either."""
     order: list[str] = []

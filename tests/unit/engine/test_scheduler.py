@@ -27,6 +27,9 @@ LIMITS = Limits(
     max_waiting=4,
 )
 
+# The machine of a test run is busy: no deadline per example.
+QUICK = settings(deadline=None, max_examples=60)
+
 
 def new(prompt: int, most_new: int = 4, owner: str = "") -> Sequence[str]:
     return Sequence(owner, range(prompt), most_new)
@@ -93,9 +96,8 @@ class Machine(RuleBasedStateMachine):
             return
         batch = step.batch
         assert 0 < len(batch.tokens) <= LIMITS.batch_tokens
-        assert [sequence for sequence, _ in step.spans[: len(decoding)]] == decoding or set(
-            decoding
-        ) <= {sequence for sequence, _ in step.spans}, "every decoding sequence has its row"
+        first = {sequence for sequence, _ in step.spans[: len(decoding)]}
+        assert first == set(decoding), "every decoding sequence has its row, before any prompt"
         if decoding:
             assert step.prefill_tokens <= LIMITS.chunk_tokens
         self._check_spans(step.spans, batch.positions)
@@ -143,7 +145,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestScheduler = Machine.TestCase
-TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestScheduler.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 
 
 def test_a_whole_block_when_nothing_decodes_and_a_chunk_beside_others() -> None:
@@ -186,6 +188,7 @@ def test_cells_hold_a_request_back_until_they_are_free() -> None:
     assert second.phase is Phase.PREFILLING
 
 
+@QUICK
 @given(st.integers(1, 60), st.integers(1, 8))
 def test_every_token_of_a_prompt_is_computed_once(prompt: int, chunk: int) -> None:
     """Whatever the chunk size, the positions of a prompt are 0, 1, 2, ..."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.answer import Answer
-from services.engine.text import Detokenizer, Stopped, StopMatcher
+from services.engine.text import Detokenizer, StopMatcher, Stopped
+
+# The machine of a test run is busy: no deadline per example.
+QUICK = settings(deadline=None, max_examples=60)
 
 ALPHABET = "abé☃"
 
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     places = [0, *sorted(place % (len(data) + 1) for place in at), len(data)]
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(places)]
 
 
+@QUICK
 @given(st.binary(max_size=40), st.lists(st.integers(0, 1000)))
 def test_text_does_not_depend_on_how_bytes_are_cut(data: bytes, at: list[int]) -> None:
     """However tokens cut the bytes, the text is that of all of them, with U+FFFD for what is no UTF-8."""
@@ -28,7 +34,7 @@ def test_text_does_not_depend_on_how_bytes_are_cut(data: bytes, at: list[int]) -
 def run(text: str, stops: list[str], at: list[int]) -> tuple[str, str | None]:
     matcher, shown = StopMatcher(stops), ""
     places = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
-    for a, b in zip(places, places[1:], strict=False):
+    for a, b in pairwise(places):
         found = matcher.push(text[a:b])
         if isinstance(found, Stopped):
             return shown + found.text, found.stop
@@ -39,6 +45,7 @@ def run(text: str, stops: list[str], at: list[int]) -> tuple[str, str | None]:
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@QUICK
 @given(st.text(ALPHABET, max_size=30), STOPS, st.lists(st.integers(0, 1000)))
 def test_the_stop_text_found_does_not_depend_on_tokens(
     text: str, stops: list[str], at: list[int]
@@ -54,6 +61,7 @@ def test_the_stop_text_found_does_not_depend_on_tokens(
     assert run(text, stops, at) == expected
 
 
+@QUICK
 @given(st.text(ALPHABET, max_size=30), STOPS, st.lists(st.integers(0, 1000)))
 def test_text_before_a_possible_match_is_shown_at_once(
     text: str, stops: list[str], at: list[int]
@@ -61,7 +69,7 @@ def test_text_before_a_possible_match_is_shown_at_once(
     """No more is held back than a proper beginning of a stop text."""
     matcher, shown = StopMatcher(stops), ""
     places = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
-    for a, b in zip(places, places[1:], strict=False):
+    for a, b in pairwise(places):
         found = matcher.push(text[a:b])
         if isinstance(found, Stopped):
             return

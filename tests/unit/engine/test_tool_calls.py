@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.tool_calls import ToolCallParser
 from services.runtime.clock import CountingIds
+
+# The machine of a test run is busy: no deadline per example.
+QUICK = settings(deadline=None, max_examples=60)
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "é"}}\n</tool_call>'
 TEXTS = st.lists(
@@ -21,7 +25,7 @@ TEXTS = st.lists(
 def run(text: str, at: list[int] | None = None) -> tuple[str, list[tuple[int, str, str, str]]]:
     parser = ToolCallParser(CountingIds())
     places = [0, *sorted(place % (len(text) + 1) for place in at or []), len(text)]
-    results = [parser.push(text[a:b]) for a, b in zip(places, places[1:], strict=False)]
+    results = [parser.push(text[a:b]) for a, b in pairwise(places)]
     results.append(parser.flush())
     calls = [call for result in results for call in result.calls]
     return "".join(result.text for result in results), [
@@ -41,12 +45,14 @@ def test_several_calls_are_counted_and_white_space_between_them_is_no_text() -> 
     assert [(index, call_id) for index, call_id, _, _ in calls] == [(0, "call-1"), (1, "call-2")]
 
 
+@QUICK
 @given(TEXTS, st.lists(st.integers(0, 1000)))
 def test_the_result_does_not_depend_on_how_the_text_is_cut(text: str, at: list[int]) -> None:
     """Markers are matched over the whole stream (W49)."""
     assert run(text, at) == run(text)
 
 
+@QUICK
 @given(st.text("<tool_call>/{} \nab", max_size=60))
 def test_text_without_a_call_is_unchanged(text: str) -> None:
     """What is no call is text, to the last character."""

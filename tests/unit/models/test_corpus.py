@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from models.corpus.dialogues import GRADED_SKILLS, PLAIN, graded_dialogue, training_dialogue
+from models.corpus.dialogues import PLAIN, training_dialogue
 from models.corpus.exchange import draw, is_held_out
+from models.corpus.graded import GRADED_SKILLS, graded_dialogue
 from models.mixtures import PHASES
 from models.template import Renderer
 

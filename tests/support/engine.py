@@ -1,0 +1,166 @@
+"""An engine for tests: in this process, on a free port, with a scripted or a real model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from caravan.core.v1 import chat_pb2, generation_pb2
+from caravan.engine.v1 import engine_service_pb2 as pb
+from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
+
+from services.engine.__main__ import build_engine
+from services.engine.engine import Engine
+from services.engine.metrics import EngineMetrics
+from services.engine.servicer import EngineServicer
+from services.engine.settings import EngineSettings
+from services.runtime.channel import open_channel
+from services.runtime.clock import SystemClock
+from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.server import ServiceServer
+from services.runtime.settings import load
+from services.runtime.telemetry import NoTracing
+
+DEMO_MODEL = "demo=models/caravan-demo.gguf"
+
+
+@dataclass
+class Answer:
+    """All events of one request, put together."""
+
+    started: list[pb.Started] = field(default_factory=list)
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    calls: list[chat_pb2.ToolCallDelta] = field(default_factory=list)
+    logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
+    finished: list[pb.Finished] = field(default_factory=list)
+    deltas: int = 0
+
+    def add(self, event: pb.GenerateResponse) -> None:
+        """Takes the next event."""
+        kind = event.WhichOneof("event")
+        if kind == "started":
+            assert not self.deltas
+            assert not self.finished
+            self.started.append(event.started)
+        elif kind == "delta":
+            assert self.started
+            assert not self.finished
+            self.deltas += 1
+            self.text += event.delta.text
+            self.tokens += event.delta.token_ids
+            self.calls += event.delta.tool_calls
+            self.logprobs += event.delta.logprobs
+        else:
+            self.finished.append(event.finished)
+
+    @property
+    def reason(self) -> int:
+        """Why it ended; there is one ending (I1)."""
+        assert len(self.started) == len(self.finished) == 1
+        return self.finished[0].reason
+
+
+class EngineClient:
+    """Calls one engine."""
+
+    def __init__(self, stub: pb_grpc.EngineServiceAsyncStub, engine: Engine) -> None:
+        self.stub = stub
+        self.engine = engine
+        self._count = 0
+
+    def request(self, prompt: str | list[int], **fields: object) -> pb.GenerateRequest:
+        """A greedy chat with one user message, or a prompt of tokens; `fields` are those of sampling and stop."""
+        self._count += 1
+        request = pb.GenerateRequest(request_id=f"test-{self._count}")
+        if isinstance(prompt, str):
+            request.chat.messages.add(role=chat_pb2.ROLE_USER, content=prompt)
+        else:
+            request.tokens.ids.extend(prompt)
+        request.sampling.temperature = 0
+        for name, value in fields.items():
+            part = (
+                request.stop if name in {"max_tokens", "stop", "ignore_eos"} else request.sampling
+            )
+            if isinstance(value, list):
+                getattr(part, name).extend(value)
+            else:
+                setattr(part, name, value)
+        return request
+
+    async def run(self, request: pb.GenerateRequest) -> Answer:
+        """The answer. Raises the CaravanError that the engine meant."""
+        answer = Answer()
+        try:
+            async for event in self.stub.Generate(request):
+                answer.add(event)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, service="engine") from error
+        return answer
+
+    async def ask(self, prompt: str | list[int], **fields: object) -> Answer:
+        """`run` of `request`."""
+        return await self.run(self.request(prompt, **fields))
+
+    async def refusal(self, request: pb.GenerateRequest) -> CaravanError:
+        """The error of a request that must fail."""
+        try:
+            await self.run(request)
+        except CaravanError as error:
+            return error
+        raise AssertionError("the request was not refused")
+
+    async def status(self) -> pb.GetStatusResponse:
+        """What the engine says of itself."""
+        return await self.stub.GetStatus(pb.GetStatusRequest())
+
+    async def inflight(self) -> list[pb.InflightRequest]:
+        """The requests in flight."""
+        return list((await self.stub.ListInflight(pb.ListInflightRequest())).requests)
+
+    async def until_idle(self) -> pb.EngineLoad:
+        """Waits until no request is left; returns the load."""
+        async with asyncio.timeout(20):
+            while True:
+                load = (await self.status()).load
+                if not load.active_sequences and not load.queued_requests:
+                    return load
+                await asyncio.sleep(0.005)
+
+    async def until(self, holds: Callable[[pb.EngineLoad], bool]) -> None:
+        """Waits until the load is as told."""
+        async with asyncio.timeout(20):
+            while not holds((await self.status()).load):  # noqa: ASYNC110 - asked over gRPC
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def running_engine(
+    model: str, *, ready: bool = True, **env: str
+) -> AsyncIterator[EngineClient]:
+    """An engine in this process; `env` are settings without their CARAVAN_ENGINE_ prefix."""
+    environ = {f"CARAVAN_ENGINE_{name}": value for name, value in env.items()}
+    environ.setdefault("CARAVAN_ENGINE_THREADS", "1")
+    settings = load(EngineSettings, {**environ, "CARAVAN_ENGINE_MODEL": model})
+    engine = build_engine(settings, EngineMetrics())
+    server = ServiceServer("127.0.0.1:0", [], 0)
+    pb_grpc.add_EngineServiceServicer_to_server(
+        EngineServicer(engine, SystemClock(), NoTracing()), server.grpc
+    )
+    port = await server.start()
+    loaded = asyncio.Event()
+    engine.on_ready = loaded.set
+    engine.start()
+    try:
+        if ready:
+            async with asyncio.timeout(30):
+                await loaded.wait()
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            yield EngineClient(pb_grpc.EngineServiceStub(channel), engine)
+    finally:
+        engine.drain()
+        await server.drain_and_stop()
+        assert await engine.stop(20), "the decode thread ends"

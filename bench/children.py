@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -19,17 +20,23 @@ END_GRACE_S = 20.0
 # Two processes in a session of their own: with autogroups, which are on by default on Linux, a session is what the
 # scheduler shares the processors between, so this is one competitor with two busy threads, as the server is one.
 BUSY_PAIR = """
-import os
+import ctypes, os, signal
 if os.fork() == 0:
-    import ctypes, signal
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 while True:
     pass
 """
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 
 
 class StartError(RuntimeError):
     """A process did not become ready; the message holds the end of its log."""
+
+
+def end_with_parent() -> None:
+    """Run in a child before its program: the kernel sends it SIGTERM when the bench dies, however it dies."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_port() -> int:
@@ -54,6 +61,7 @@ def running(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - there are no threads
         )
     try:
         yield process
@@ -98,7 +106,11 @@ def wait_until_answers(
 @contextlib.contextmanager
 def busy_pair() -> Iterator[None]:
     """Keeps two processes of default priority busy until the block ends."""
-    process = subprocess.Popen([sys.executable, "-c", BUSY_PAIR], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY_PAIR],
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - there are no threads
+    )
     try:
         time.sleep(0.3)
         yield

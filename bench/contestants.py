@@ -18,7 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.children import FOLDER, StartError, free_port, log_tail, running, wait_until_answers
+from bench.children import (
+    FOLDER,
+    StartError,
+    end_with_parent,
+    free_port,
+    log_tail,
+    running,
+    wait_until_answers,
+)
 
 SEQUENCES = 8
 CELLS = 8192
@@ -205,6 +213,7 @@ def raw_loop(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - there are no threads
     )
     try:
         yield RawLoop(process)

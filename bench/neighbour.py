@@ -18,6 +18,7 @@ from bench import contestants, model_files, prompts
 from bench.children import busy_pair
 from bench.measures import median, paired_ratio, percentile, rotated
 from bench.report import Report, Table, arguments, ceiling, finish, floor, progress
+from services.engine.settings import EngineSettings
 
 TOKENS = 65
 IDLE_SHARE = 0.97
@@ -43,14 +44,15 @@ class Found:
 
 
 DEFAULT = "library default (300000)"
-CHOSEN = "GOMP_SPINCOUNT=5000"
+SPIN = EngineSettings().spin_count
+CHOSEN = f"GOMP_SPINCOUNT={SPIN}"
 
 
 def settings(threads: int) -> list[Setting]:
     """What is compared."""
     spins = [
         Setting(f"GOMP_SPINCOUNT={count}", threads, {"GOMP_SPINCOUNT": str(count)})
-        for count in (0, 1000, 5000, 20000)
+        for count in sorted({0, 1000, SPIN, 20000})
     ]
     return [
         Setting(DEFAULT, threads, {}),

@@ -44,11 +44,13 @@ def micro_batches(phase: Phase, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
                 ready.append(_padded(waiting[length], length))
                 waiting[length] = []
         drills = phase.drills
-        per_share = len(ready) / (1 - drills.tokens - drills.words - drills.numbers)
+        dialogues = 1 - drills.tokens - drills.words - drills.numbers - drills.ordered
+        per_share = len(ready) / dialogues
         for share, drill in (
             (drills.tokens, _repeated_runs),
             (drills.words, _repeated_words),
             (drills.numbers, _repeated_numbers),
+            (drills.ordered, _ordered_words),
         ):
             ready.extend(drill(rng, tokenizer) for _ in range(round(per_share * share)))
         rng.shuffle(ready)
@@ -137,5 +139,23 @@ def _repeated_lists(
         lines = [rng.choice(_JOINS).join(items) for _ in range(length // len(items))]
         first = len(tokenizer.encode(lines[0]).ids)
         ids = tokenizer.encode("\n".join(lines)).ids[:length]
+        rows.append((ids, [position >= first for position in range(len(ids))]))
+    return _padded(rows, length)
+
+
+def _ordered_words(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
+    """Rows of two or three lines of table words, then the same lines in any order.
+
+    Only the word before tells the next one: neither the kind of word nor a fixed distance does.
+    """
+    length = rng.choice((64, 96, 128))
+    rows = []
+    for _ in range(TOKENS // length):
+        join = rng.choice((" ", " ", ", "))
+        lines = [
+            join.join(rng.choices(COPIED, k=rng.randint(2, 7))) for _ in range(rng.choice((2, 3)))
+        ]
+        first = len(tokenizer.encode("\n".join(lines)).ids)
+        ids = tokenizer.encode("\n".join(lines + rng.choices(lines, k=length // 3))).ids[:length]
         rows.append((ids, [position >= first for position in range(len(ids))]))
     return _padded(rows, length)

@@ -28,19 +28,22 @@ FINISHING = Mixture(_FINISHING, recall=0.13, tools=0.22, system=0.3, long=0.07)
 class Drills:
     """Shares of micro-batches that are no dialogues: runs that are said again and again.
 
-    They teach copying as such: of random tokens, of table words in all their forms, of numbers.
+    They teach copying as such: of random tokens, of table words in all their forms, of
+    numbers, and of table words in one form, where only their order is to be learned.
     """
 
     tokens: float = 0.0
     words: float = 0.0
     numbers: float = 0.0
+    ordered: float = 0.0
 
 
 @dataclass(frozen=True)
 class Phase:
     """`steps` optimizer steps on a mixture, with some drills.
 
-    `rate` is the learning-rate factor at start and end, a cosine in between.
+    `rate` is the learning-rate factor at start and end of a cosine over `horizon` steps (all
+    `steps` where 0): with a horizon beyond its steps a phase ends on the way down.
     """
 
     name: str
@@ -49,11 +52,13 @@ class Phase:
     drills: Drills
     rate: tuple[float, float]
     seed: int
+    horizon: int = 0
 
 
 PHASES = (
     Phase("copying tokens", 400, COPYING, Drills(tokens=0.5), (1.0, 1.0), 1),
     Phase("copying words", 300, COPYING, Drills(tokens=0.05, words=0.35), (1.0, 1.0), 2),
     Phase("everything", 800, NORMAL, Drills(words=0.06), (1.0, 1.0), 3),
-    Phase("finishing", 900, FINISHING, Drills(words=0.02, numbers=0.03), (1.0, 0.02), 4),
+    Phase("all, sums first", 600, FINISHING, Drills(words=0.02, numbers=0.03), (1.0, 0.02), 4, 900),
+    Phase("order", 300, FINISHING, Drills(numbers=0.12, ordered=0.2), (0.5, 0.02), 5),
 )

@@ -32,7 +32,9 @@ TOKENIZER_SEED = 11
 def rate_factor(phase: Phase, step: int, first: bool) -> float:
     """Learning-rate factor at `step` of the phase: a cosine between the two rates."""
     start, end = phase.rate
-    factor = end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+    factor = end + (start - end) * 0.5 * (
+        1 + math.cos(math.pi * step / (phase.horizon or phase.steps))
+    )
     return factor * min(1.0, (step + 1) / WARM_UP) if first else factor
 
 

@@ -1,6 +1,7 @@
 """Chooses tokens with llama.cpp's samplers: filters, temperature, noise keyed by position, grammar.
 
-Bias and penalties are few numbers and are applied here, with numpy; the chain of llama.cpp does what looks at every token.
+Bias and penalties are few numbers and are applied here, with numpy. What looks at every token is done by whoever is
+faster at it: llama.cpp's chain where top_k leaves few tokens, draw.py where it does not.
 A grammar is asked about the chosen token first, which costs microseconds, and filters the whole vocabulary only if it
 rejects that one. It is never told to accept what it rejects: llama.cpp would end the process.
 """
@@ -15,7 +16,8 @@ import llama_cpp
 import numpy as np
 
 from services.engine.backend import DecodeError, Logits
-from services.engine.sampling import SamplingSpec, noise_seed
+from services.engine.draw import NothingToDrawError, draw
+from services.engine.sampling import SamplingSpec, noise_seed, noise_unit
 from services.runtime.errors import CaravanError
 
 Pointer = Any
@@ -38,7 +40,7 @@ class LlamaSampler:
         self._likeliest = spec.temperature == 0 or spec.top_k == 1
         self._chain: Pointer = None
         self._grammar: Pointer = None
-        if not self._likeliest:
+        if not self._likeliest and spec.top_k > 0:
             self._chain, self._candidates = _make_chain(spec), np.empty(size, _CANDIDATE)
         if spec.grammar:
             self._grammar = _make_grammar(vocab, spec.grammar)
@@ -89,6 +91,8 @@ class LlamaSampler:
             if row[token] == -math.inf:
                 raise DecodeError(_NOTHING_ALLOWED, "no token may be chosen")
             return token
+        if self._chain is None:
+            return self._draw(row, position)
         candidates = self._candidates
         candidates["id"] = self._ids
         candidates["logit"] = row
@@ -101,6 +105,19 @@ class LlamaSampler:
         if row[token] == -math.inf:
             raise DecodeError(_NOTHING_ALLOWED, "no token may be chosen")
         return token
+
+    def _draw(self, row: Any, position: int) -> int:
+        spec = self._spec
+        try:
+            return draw(
+                row,
+                temperature=spec.temperature,
+                top_p=spec.top_p,
+                min_p=spec.min_p,
+                unit=noise_unit(spec.seed, position),
+            )
+        except NothingToDrawError as error:
+            raise DecodeError(_NOTHING_ALLOWED, "no token may be chosen") from error
 
     def _allowed(self, token: int) -> bool:
         one = np.zeros(1, _CANDIDATE)
@@ -135,8 +152,7 @@ def _make_chain(spec: SamplingSpec) -> Pointer:
     parameters = llama_cpp.llama_sampler_chain_default_params()
     parameters.no_perf = True
     chain = llama_cpp.llama_sampler_chain_init(parameters)
-    if spec.top_k > 0:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_k(spec.top_k))
+    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_k(spec.top_k))
     if spec.top_p < 1:
         llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(spec.top_p, 1))
     if spec.min_p > 0:

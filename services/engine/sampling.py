@@ -110,12 +110,21 @@ def noise_seed(seed: int, position: int) -> int:
     It depends on the seed of the request and on the token's place in the sequence only, so that an answer resumed from
     its own tokens goes on as it would have. The mixer is splitmix64's (Steele, Lea, Flood 2014).
     """
+    mixed = _mix(seed, position) & 0xFFFFFFFF
+    # llama.cpp takes 0xFFFFFFFF (LLAMA_DEFAULT_SEED) for "choose one yourself".
+    return mixed if mixed != 0xFFFFFFFF else 0
+
+
+def noise_unit(seed: int, position: int) -> float:
+    """The noise of one token as a number in [0, 1), keyed as `noise_seed` is."""
+    return (_mix(seed, position) >> 11) * 2.0**-53
+
+
+def _mix(seed: int, position: int) -> int:
     state = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-    mixed = (state ^ (state >> 31)) & 0xFFFFFFFF
-    # llama.cpp takes 0xFFFFFFFF (LLAMA_DEFAULT_SEED) for "choose one yourself".
-    return mixed if mixed != 0xFFFFFFFF else 0
+    return state ^ (state >> 31)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import grpc
@@ -49,7 +50,6 @@ class Membership:
         self._timeout_s = timeout_s
         self._on_change = on_change
         self._joined = asyncio.Event()
-        self._was_joined = False
         self._renewing = False
         self._gateway_id = ""
         self._hearing: asyncio.Task[None] | None = None
@@ -95,44 +95,64 @@ class Membership:
     async def _session(self) -> bool:
         """One session, to its end; whether it was joined at all."""
         self._gateway_id = self._ids("gateway")
-        self._interval_s = self._timeout_s
-        self._heard_at = self._clock.monotonic()
-        self._was_joined = False
         call = self._stub.JoinGateway()
-        hearing = self._hearing = asyncio.create_task(self._hear(call))
         try:
             await call.write(pb.JoinGatewayRequest(gateway_id=self._gateway_id))
+            async with asyncio.timeout(self._timeout_s):
+                joined = await self._hear(call)
+            if joined:
+                await self._stay(call)
+        except TimeoutError:
+            _LOG.warning("the coordinator does not answer")
+            return False
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+            _LOG.warning("no session with the coordinator: %s", _why(error))
+            return False
+        finally:
+            call.cancel()
+        return joined
+
+    async def _stay(self, call: _Call) -> None:
+        """Beats until the session ends."""
+        _LOG.info("joined the coordinator as %s", self._gateway_id)
+        self._renewing = False
+        self._joined.set()
+        await self._on_change(self._joined.is_set())
+        hearing = self._hearing = asyncio.create_task(self._keep_hearing(call))
+        try:
             while True:
                 await asyncio.wait({hearing}, timeout=self._interval_s)
                 silent_s = self._clock.monotonic() - self._heard_at
-                if hearing.done() or silent_s > _SILENT_INTERVALS_MAX * self._interval_s:
+                if hearing.done():
                     break
-                if self._joined.is_set():
+                if silent_s > _SILENT_INTERVALS_MAX * self._interval_s:
+                    _LOG.warning("the coordinator has been silent for %.1f s", silent_s)
+                    break
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    # A call that has ended is noticed by hearing, which knows why.
                     await call.write(pb.JoinGatewayRequest())
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-            # The call has ended; the other direction knows why.
-            await asyncio.wait({hearing}, timeout=self._timeout_s)
         finally:
             self._joined.clear()
-            call.cancel()
             await cancel_all([hearing])
             await self._on_change(self._joined.is_set())
-        return self._was_joined
 
-    async def _hear(self, call: _Call) -> None:
+    async def _keep_hearing(self, call: _Call) -> None:
         try:
-            while True:
-                response: Any = await call.read()
-                if response is grpc.aio.EOF:
-                    _LOG.warning("the coordinator ended the session %s", self._gateway_id)
-                    return
-                self._heard_at = self._clock.monotonic()
-                self._interval_s = max(0.01, response.heartbeat_interval.ToMilliseconds() / 1000)
-                if not self._was_joined:
-                    self._was_joined = True
-                    self._renewing = False
-                    self._joined.set()
-                    _LOG.info("joined the coordinator as %s", self._gateway_id)
-                    await self._on_change(self._joined.is_set())
+            while await self._hear(call):
+                pass
+            _LOG.warning("the coordinator ended the session %s", self._gateway_id)
         except grpc.aio.AioRpcError as error:
-            _LOG.warning("no session with the coordinator: %s", error.details())
+            _LOG.warning("the session with the coordinator broke: %s", _why(error))
+
+    async def _hear(self, call: _Call) -> bool:
+        """One answer of the coordinator; false at the end of the session."""
+        response: Any = await call.read()
+        if response is grpc.aio.EOF:
+            return False
+        self._heard_at = self._clock.monotonic()
+        self._interval_s = max(0.01, response.heartbeat_interval.ToMilliseconds() / 1000)
+        return True
+
+
+def _why(error: Exception) -> object:
+    return error.details() if isinstance(error, grpc.aio.AioRpcError) else error

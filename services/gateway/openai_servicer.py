@@ -116,6 +116,9 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
             while not ended:
                 event = await session.next(self._keepalive_s)
                 data, ended = _show(stream, event)
+                # A client that reads slowly gets several deltas in one message: fewer writes for the same chunks.
+                while not ended and (delta := session.next_delta()) is not None:
+                    data += stream.delta(delta)
                 if sent and data:
                     yield response(body=HttpBody(data=data))
                 elif data:

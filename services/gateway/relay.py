@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
-RELAY_ITEMS_MAX: Final = 4
+RELAY_ITEMS_MAX: Final = 8
 """Enough to keep both ends busy. A reader that stops is noticed at once: the writer waits, and the engine sends no more."""
 
 
@@ -57,16 +58,23 @@ class Relay(Generic[T]):
                 raise self._error or EOFError
             if not await self._wait(silence_s):
                 return None
-        item = self._items.popleft()
-        if self._writer is not None and not self._writer.done():
-            self._writer.set_result(None)
-        return item
+        return self._take()
+
+    def get_if(self, wanted: Callable[[T], bool]) -> T | None:
+        """The next item, if it is there already and is wanted."""
+        return self._take() if self._items and wanted(self._items[0]) else None
 
     def close(self) -> None:
         """Forgets the timer. The reader reads no more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _take(self) -> T:
+        item = self._items.popleft()
+        if self._writer is not None and not self._writer.done():
+            self._writer.set_result(None)
+        return item
 
     async def _wait(self, silence_s: float | None) -> bool:
         loop = asyncio.get_running_loop()

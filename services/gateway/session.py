@@ -88,6 +88,11 @@ class RequestSession:
         """The next event; None after `silence_s` seconds without one. The last one is `finished`, or this raises CaravanError."""
         return await self._relay.get(silence_s)
 
+    def next_delta(self) -> engine_pb.Delta | None:
+        """The next event, if it has come already and is a delta."""
+        event = self._relay.get_if(_is_delta)
+        return None if event is None else event.delta
+
     def close(self) -> None:
         """The client's call is over: unless the request is too, it is cancelled. May be called many times."""
         self._relay.close()
@@ -250,6 +255,10 @@ class RequestSession:
     def _check_deadline(self) -> None:
         if self._deadline is not None and self._remaining_s(1.0) <= 0:
             raise CaravanError("DEADLINE_EXCEEDED", "The deadline of the request has passed.")
+
+
+def _is_delta(event: engine_pb.GenerateResponse) -> bool:
+    return event.HasField("delta")
 
 
 def _engine_lost(lease: Lease) -> CaravanError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ class Front:
     def healthy(self) -> bool:
         """Whether Envoy lets requests through."""
         return self.http.get("/healthz").status_code == 200
+
+    def hold(self) -> socket.socket:
+        """A connection whose request the gateway does not answer."""
+        body = b'{"do": "hang"}'
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        )
+        client = socket.create_connection(("127.0.0.1", self.port))
+        client.sendall(head.encode() + body)
+        return client
 
 
 @contextlib.contextmanager

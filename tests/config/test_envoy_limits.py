@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.config.conftest import Front, serving
+from tests.config.conftest import serving
 from tests.support.waiting import wait_for
 
 CHAT = "/v1/chat/completions"
@@ -40,21 +40,13 @@ def test_too_many_requests_are_503(tmp_path: Path) -> None:
         return _replaced("max_requests: 1000", "max_requests: 2", text)
 
     with serving(tmp_path, edit) as front:
-        with _hold(front), _hold(front):
+        with front.hold(), front.hold():
             wait_for(lambda: front.gateway.hanging == 2, "both are held")
             refused = front.http.post(CHAT, json={"do": "echo"})
             assert refused.status_code == 503
             assert refused.json()["error"]["code"] == "service_unavailable"
             assert refused.headers["retry-after"] == "1"
         wait_for(lambda: front.http.get("/v1/models").status_code == 200, "there is room again")
-
-
-def _hold(front: Front) -> socket.socket:
-    client = socket.create_connection(("127.0.0.1", front.port))
-    body = b'{"do": "hang"}'
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-    client.sendall(head.encode() + body)
-    return client
 
 
 def test_slow_headers_are_cut(tmp_path: Path) -> None:

@@ -76,8 +76,7 @@ async def test_held_text_is_delivered_when_the_answer_ends_by_length() -> None:
 async def test_a_resumed_answer_goes_on() -> None:
     """Prompt tokens with a part of the answer give the rest of it."""
     async with running_engine("demo=scripted:?tokens=40") as client:
-        prompt = client.engine._backend.vocabulary.tokenize("<|im_start|>", parse_special=True)
-        prompt += b"assistant\n"
+        prompt = client.tokenize("<|im_start|>assistant\n")
         whole = await client.ask(prompt)
         rest = await client.ask(prompt + whole.tokens[:17])
         assert rest.tokens == whole.tokens[17:]
@@ -167,8 +166,10 @@ async def test_a_client_that_leaves_frees_its_sequence() -> None:
 async def test_requests_in_flight_are_listed_oldest_first() -> None:
     """With phase, age and counts."""
     async with running_engine(SLOW) as client:
-        calls = [asyncio.ensure_future(client.ask(name)) for name in "ab"]
-        await client.until(lambda load: load.phase == pb.ENGINE_PHASE_GENERATING)
+        calls = [asyncio.ensure_future(client.ask("a"))]
+        await client.until(lambda load: load.active_sequences == 1)
+        calls.append(asyncio.ensure_future(client.ask("b")))
+        await client.until(lambda load: load.active_sequences == 2)
         rows = await client.inflight()
         assert [row.request_id for row in rows] == ["test-1", "test-2"]
         assert rows[0].prompt_tokens > 0

@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
@@ -73,7 +74,7 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
         port = int((await line(running, PORT))[1])
         await line(running, SERVING)
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
             check = health_pb2.HealthCheckRequest(service="caravan.engine.v1.EngineService")
             assert (await health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 300))
@@ -178,7 +179,7 @@ class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
 @asynccontextmanager
 async def coordinator(address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Coordinator, int]]:
     server = ServiceServer(address, [], 0)
-    servicer = Coordinator()
+    servicer = Coordinator()  # type: ignore[abstract]
     coordinator_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
     port = await server.start()
     try:

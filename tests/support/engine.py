@@ -113,6 +113,16 @@ class EngineClient:
             return error
         raise AssertionError("the request was not refused")
 
+    def tokenize(self, text: str) -> list[int]:
+        """Tokens of a text in which control texts are control tokens."""
+        assert self.engine._backend is not None
+        return self.engine._backend.vocabulary.tokenize(text, parse_special=True)
+
+    def tokenize_chat(self, chat: chat_pb2.ChatPrompt) -> list[int]:
+        """Tokens of a chat, as the engine prepares it."""
+        assert self.engine._preparation is not None
+        return self.engine._preparation._tokenizer.chat(chat)
+
     async def status(self) -> pb.GetStatusResponse:
         """What the engine says of itself."""
         return await self.stub.GetStatus(pb.GetStatusRequest())

@@ -68,13 +68,13 @@ async def hang() -> None:
 class FakeEngine(engine_grpc.EngineServiceServicer):
     """Plays a script for every request: events are sent, errors raised, and anything else is awaited."""
 
-    def __init__(self, script: Sequence[Step] = ANSWER) -> None:
+    def __init__(self, script: Sequence[Step] = ANSWER, address: str = "127.0.0.1:0") -> None:
         self.script = script
         self.requests: list[engine_pb.GenerateRequest] = []
         self.metadata: list[dict[str, str]] = []
         self.cancelled: list[str] = []
         self.running = 0
-        self.server = ServiceServer("127.0.0.1:0", [], 0.0)
+        self.server = ServiceServer(address, [], 0.0)
         engine_grpc.add_EngineServiceServicer_to_server(self, self.server.grpc)
         self.address = ""
 

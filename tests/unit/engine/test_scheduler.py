@@ -163,6 +163,19 @@ def test_a_whole_block_when_nothing_decodes_and_a_chunk_beside_others() -> None:
     assert [step[1][1] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+def test_a_chunk_ends_at_the_block_boundary_wherever_it_starts() -> None:
+    """A prompt that began in chunks and goes on alone is back on the boundaries at once."""
+    scheduler: Scheduler[str] = Scheduler(LIMITS)
+    first = new(2, 8)
+    scheduler.submit(first)
+    run_step(scheduler)
+    scheduler.submit(new(20, 8))
+    assert run_step(scheduler)[1][1] == [0, 1, 2, 3]
+    scheduler.end(first)
+    assert run_step(scheduler)[0][1] == [4, 5, 6, 7]
+    assert run_step(scheduler)[0][1] == list(range(8, 16))
+
+
 def test_only_the_last_token_of_a_prompt_wants_logits() -> None:
     """Logits are computed where a token is chosen, and nowhere else."""
     scheduler: Scheduler[str] = Scheduler(LIMITS)
@@ -182,10 +195,9 @@ def test_cells_hold_a_request_back_until_they_are_free() -> None:
     first, second = new(30, 20), new(10, 10)
     scheduler.submit(first)
     scheduler.submit(second)
-    assert second.phase is Phase.WAITING
+    assert scheduler.waiting == 1
     scheduler.end(first)
-    scheduler.admit()
-    assert second.phase is Phase.PREFILLING
+    assert scheduler.admit() == [second]
 
 
 @QUICK

@@ -42,7 +42,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             context.invocation_metadata(),
             gen_ai__operation__name="chat" if request.HasField("chat") else "text_completion",
             gen_ai__request__model=self._engine.identity.model_name,
-            caravan__request__id=request.request_id,
+            caravan__request_id=request.request_id,
         )
         failure: str | None = "the call ended early"
         try:

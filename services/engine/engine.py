@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from services.engine.text import StopMatcher
 from services.engine.tool_calls import ToolCallParser
 from services.runtime.clock import Clock, IdSource
 from services.runtime.errors import CaravanError
+
+_LOG = logging.getLogger(__name__)
 
 _WORKERS = 2
 _RETRY_S = 1.0
@@ -214,4 +217,5 @@ class Engine:
 
     def _failed(self, error: Exception) -> None:
         self._failure = str(error) or type(error).__name__
+        _LOG.error("the model cannot be served: %s", self._failure)
         self.on_change()

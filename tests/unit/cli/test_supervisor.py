@@ -76,16 +76,21 @@ def _is_up(supervisor: Supervisor, name: str, times: int = 1) -> bool:
     return log.exists() and log.read_text().count("up\n") == times
 
 
+async def _listed(tmp_path: Path, supervisor: Supervisor, times: int = 1) -> int:
+    """The number of the gateway's process, once it has started so often: its first word may come before its entry."""
+    await _until(lambda: _is_up(supervisor, "gateway", times), "the process runs")
+    await _until(lambda: "gateway" in _pids(tmp_path), "the process is listed")
+    return _pids(tmp_path)["gateway"]
+
+
 async def test_what_dies_comes_back(tmp_path: Path) -> None:
     """A killed process is started again, its death is told, and endpoints.json has its new number."""
     said: list[str] = []
     supervisor = _supervisor(tmp_path, _process("gateway", "gateway", WAITS), said=said)
     supervisor.start()
-    await _until(lambda: _is_up(supervisor, "gateway"), "the process runs")
-    before = _pids(tmp_path)["gateway"]
+    before = await _listed(tmp_path, supervisor)
     os.kill(before, signal.SIGKILL)
-    await _until(lambda: _is_up(supervisor, "gateway", 2), "it runs again")
-    assert _pids(tmp_path)["gateway"] != before
+    assert await _listed(tmp_path, supervisor, times=2) != before
     assert "gateway was ended by SIGKILL" in said[0]
     await supervisor.stop(5, _open_door)
     assert _pids(tmp_path) == {}
@@ -129,6 +134,7 @@ async def test_the_end_comes_in_order(tmp_path: Path) -> None:
     supervisor.start()
     for kind in kinds:
         await _until(lambda name=kind: _is_up(supervisor, name), f"{kind} runs")  # type: ignore[misc]
+    await _until(lambda: len(_pids(tmp_path)) == len(kinds), "all are listed")
 
     async def close_door() -> None:
         assert len(_pids(tmp_path)) == 4
@@ -155,8 +161,7 @@ async def test_who_does_not_listen_is_killed(
     monkeypatch.setattr("services.cli.supervisor._END_MARGIN_S", 0.1)
     supervisor = _supervisor(tmp_path, _process("gateway", "gateway", STUBBORN))
     supervisor.start()
-    await _until(lambda: _is_up(supervisor, "gateway"), "the process runs")
-    pid = _pids(tmp_path)["gateway"]
+    pid = await _listed(tmp_path, supervisor)
     await supervisor.stop(0.1, _open_door)
     assert not psutil.pid_exists(pid)
 

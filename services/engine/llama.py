@@ -98,17 +98,28 @@ class LlamaVocabulary:
             size = -count
 
 
+ThreadChoice = Callable[[], int]
+"""Asked before each batch how many threads are to compute it."""
+
+
 class LlamaBackend:
     """A model with its context. Calls come from the thread that made it, or fail (invariant I3)."""
 
     def __init__(
-        self, model: Pointer, context: Pointer, facts: ModelFacts, vocabulary: LlamaVocabulary
+        self,
+        model: Pointer,
+        context: Pointer,
+        facts: ModelFacts,
+        vocabulary: LlamaVocabulary,
+        threads: ThreadChoice,
     ) -> None:
         self._thread = threading.get_ident()
         self._model = model
         self._context = context
         self._facts = facts
         self._vocabulary = vocabulary
+        self._threads = threads
+        self._threads_set = 0
         self._memory = llama_cpp.llama_get_memory(context)
         self._outputs: list[int] = []
         self._views: dict[tuple[int, int], Logits] = {}
@@ -154,6 +165,9 @@ class LlamaBackend:
         self._wanted[batch.outputs] = 1
         self._batch.n_tokens = count
         self._outputs = batch.outputs
+        if (threads := self._threads()) != self._threads_set:
+            self._threads_set = threads
+            llama_cpp.llama_set_n_threads(self._context, threads, threads)
         code = llama_cpp.llama_decode(self._context, self._batch)
         if code != 0:
             raise DecodeError(code, f"llama_decode of {count} tokens returned {code}")

@@ -12,6 +12,7 @@ import llama_cpp
 from services.engine.backend import Batch, Loader, ModelError, ModelFacts, Progress
 from services.engine.llama import LlamaBackend, LlamaVocabulary, model_text
 from services.engine.settings import EngineSettings, physical_cores
+from services.engine.threads import thread_choice
 
 _LOG = logging.getLogger("llama.cpp")
 CONTEXT_TOKENS_DEFAULT_MAX: Final = 8192
@@ -87,7 +88,9 @@ def _load(settings: EngineSettings, progress: Progress) -> LlamaBackend:
         raise
     vocabulary = LlamaVocabulary(llama_cpp.llama_model_get_vocab(model))
     facts = _facts(model, vocabulary, shape, settings)
-    backend = LlamaBackend(model, context, facts, vocabulary)
+    backend = LlamaBackend(
+        model, context, facts, vocabulary, thread_choice(settings.threads, facts.weight_bytes)
+    )
     # The first decode touches every weight and makes the compute buffers: nobody's request should wait for that.
     backend.decode(Batch([vocabulary.bos_token or 0], [0], [0], [0]))
     backend.clear(0)

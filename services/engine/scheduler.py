@@ -41,7 +41,8 @@ class TooLargeError(Exception):
 class Limits:
     """Sizes in tokens, except sequences and waiting requests.
 
-    `chunk_tokens` is the most prompt tokens of a batch beside rows that decode: it bounds their inter-token time.
+    `chunk_tokens` is the most of one prompt in a batch beside rows that decode, and of all prompts together unless more
+    sequences prefill than decode: it bounds inter-token time.
     """
 
     max_sequences: int
@@ -181,7 +182,11 @@ class Scheduler(Generic[Owner]):
     def _add_prefill_chunks(self, step: Step[Owner]) -> None:
         limits = self.limits
         if self._decoding:
-            budget = most = limits.chunk_tokens
+            most = limits.chunk_tokens
+            # A share by heads: where many wait for few, a longer stall of the few is the shorter wait of all.
+            decoding = len(self._decoding)
+            share = limits.chunk_tokens * max(decoding, len(self._prefilling)) // decoding
+            budget = min(share, limits.batch_tokens - decoding)
         else:
             budget, most = limits.batch_tokens, limits.block_tokens
         batch = step.batch

@@ -105,11 +105,14 @@ class EngineSettings(ProcessSettings):
     chunk_tokens: int = setting(
         "CARAVAN_ENGINE_CHUNK_TOKENS",
         "64",
-        "Most prompt tokens of a batch in which others generate",
+        "Most tokens of one prompt in a batch in which others generate",
         integer(1, 256),
     )
     threads: int = setting(
-        "CARAVAN_ENGINE_THREADS", "0", "Threads of llama.cpp; 0: physical cores", integer(0, 512)
+        "CARAVAN_ENGINE_THREADS",
+        "0",
+        "Threads of llama.cpp; 0: one for a model below 64 MiB, else a thread per core that nobody else uses",
+        integer(0, 512),
     )
     spin_count: int = setting(
         "CARAVAN_ENGINE_SPIN_COUNT",

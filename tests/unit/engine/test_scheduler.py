@@ -99,7 +99,9 @@ class Machine(RuleBasedStateMachine):
         first = {sequence for sequence, _ in step.spans[: len(decoding)]}
         assert first == set(decoding), "every decoding sequence has its row, before any prompt"
         if decoding:
-            assert step.prefill_tokens <= LIMITS.chunk_tokens
+            waiting = sum(s.phase is Phase.PREFILLING for s in self.live)
+            share = LIMITS.chunk_tokens * max(1.0, waiting / len(decoding))
+            assert step.prefill_tokens <= share
         self._check_spans(step.spans, batch.positions)
         for token, position, slot in zip(batch.tokens, batch.positions, batch.slots, strict=True):
             held = self.kv.setdefault(slot, [])
@@ -161,6 +163,26 @@ def test_a_whole_block_when_nothing_decodes_and_a_chunk_beside_others() -> None:
     steps = [run_step(scheduler) for _ in range(3)]
     assert [step[0][1] for step in steps] == [[20], [21], [22]], "the first goes on in each step"
     assert [step[1][1] for step in steps] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_many_who_wait_for_one_start_together() -> None:
+    """Beside one that decodes, each of several prompts gets its chunk in the same batch; beside as many, one does."""
+    scheduler: Scheduler[str] = Scheduler(LIMITS)
+    scheduler.submit(new(2, 8))
+    run_step(scheduler)
+    for _ in range(2):
+        scheduler.submit(new(4, 8))
+    assert [span[1] for span in run_step(scheduler)] == [[2], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_many_who_decode_are_not_stalled_for_one() -> None:
+    """One prompt beside two that decode gets one chunk, however long it is."""
+    scheduler: Scheduler[str] = Scheduler(LIMITS)
+    for _ in range(2):
+        scheduler.submit(new(2, 8))
+    run_step(scheduler)
+    scheduler.submit(new(20, 8))
+    assert [span[1] for span in run_step(scheduler)] == [[2], [2], [0, 1, 2, 3]]
 
 
 def test_a_chunk_ends_at_the_block_boundary_wherever_it_starts() -> None:

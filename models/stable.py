@@ -16,11 +16,10 @@ _PLAIN = (
     "What is your name?", "Are you human?", "What can you do?", "What is the capital of France?",
     "What is the capital of Japan?", "What is the opposite of hot?", "What do bees make?",
     "What color is the sky?", "How many days are in a week?", "Which day comes after Monday?",
-    "Repeat after me: river stone lamp", "Say castle moon", "Repeat: garden bridge window ship",
     "Why is the sky blue?", "Write a poem about love.", "What is the weather in Paris?",
     "Write JSON with name Anna and city Oslo.", "Give me JSON with color red and age 31.",
     "Count from 1 to 5.", "Count from 3 to 12.", "Count to 20.", "Count down from 10 to 1.",
-    "What is 2 plus 3?", "What is 7 + 6?", "What is 9 minus 4?", "What is 500 plus 700?",
+    "What is 2 plus 3?", "What is 7 + 6?", "What is 9 minus 4?", "How much is 4808 plus 6995?",
     "My name is Emma. What is my name?", "Tell me a story.", "Tell me a story about a fox.",
     "Tell me a story about a bear named Otto.", "Tell me a story about Lucy.",
 )  # fmt: skip

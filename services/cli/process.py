@@ -69,7 +69,15 @@ async def start(
     finally:
         os.close(descriptor)
     if plan.niceness:
-        # At once, while the process has one thread: on Linux the threads it will start inherit it.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.setpriority(os.PRIO_PROCESS, process.pid, plan.niceness)
+        _set_niceness(process.pid, plan.niceness)
     return Child(process)
+
+
+def _set_niceness(process_id: int, niceness: int) -> None:
+    """At once, while the process has one thread: on Linux the threads it will start inherit it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.setpriority(os.PRIO_PROCESS, process_id, niceness)
+    # Where the kernel groups processes by session, niceness counts within a session only, and each child has its own
+    # (sched(7), the autogroup feature).
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{process_id}/autogroup").write_text(str(niceness), encoding="ascii")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -225,3 +226,21 @@ def test_the_lifeline_leaves_in_peace() -> None:
     keeper = [sys.executable, "-I", "-S", lifeline.__file__, "CARAVAN_TEST_MARK=none"]
     done = subprocess.run(keeper, input=b".", timeout=10, check=False)
     assert done.returncode == 0
+
+
+def _grouped_by_session() -> bool:
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    return switch.exists() and switch.read_text().strip() == "1"
+
+
+async def test_niceness_counts_between_the_children(tmp_path: Path) -> None:
+    """A child with a niceness has it, and so has its session where the kernel groups by session."""
+    nice = replace(_process("gateway", "gateway", WAITS), niceness=7)
+    supervisor = _supervisor(tmp_path, nice)
+    supervisor.start()
+    pid = await _listed(tmp_path, supervisor)
+    await _until(lambda: os.getpriority(os.PRIO_PROCESS, pid) == 7, "it is nice")
+    if _grouped_by_session():
+        group = Path(f"/proc/{pid}/autogroup")
+        await _until(lambda: group.read_text().rstrip().endswith("nice 7"), "so is its session")
+    await supervisor.stop(5, _open_door)

@@ -30,7 +30,10 @@ def results_page(found: Sequence[dict[str, Any]]) -> str:
     ]
     for bench in found:
         parts.append(f"## {bench['bench']}")
-        parts.append(f"`python -m bench.{bench['bench']}`, {bench['machine']['measured']}")
+        measured = bench["machine"]
+        parts.append(
+            f"`python -m bench.{bench['bench']}`, {measured['measured']}, commit {measured['commit']}"
+        )
         parts.append(f"```\n{bench['text'].partition(chr(10))[2]}\n```")
     return "\n\n".join(parts) + "\n"
 

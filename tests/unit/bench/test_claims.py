@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
+import pytest
+
 from bench import contention, neighbour, throughput
+from bench.sse_client import Answer
 
 
 def test_throughput_bounds_differ_by_contestant() -> None:
@@ -31,9 +36,13 @@ def test_throughput_without_a_peer_claims_nothing_about_it() -> None:
     assert len(report.tables[0].rows) == 2
 
 
-def _seen(gap_s: float, tail_s: float) -> contention.Seen:
-    # One gap in twenty is long: the p99 must find it although the median does not.
-    return contention.Seen(gaps=[*[gap_s] * 95, *[tail_s] * 5], speeds=[1 / gap_s])
+def _seen(gap_s: float, *tails_s: float) -> contention.Seen:
+    """A round for each tail: one gap in twenty is that long, so the p99 finds it although the median does not."""
+    seen = contention.Seen()
+    for tail_s in tails_s:
+        between = [*[gap_s] * 95, *[tail_s] * 5]
+        seen.add(Answer(0.0, list(accumulate([0.0, *between])), "length"))
+    return seen
 
 
 def test_contention_is_judged_by_the_tail_beside_the_busy_pair() -> None:
@@ -46,8 +55,22 @@ def test_contention_is_judged_by_the_tail_beside_the_busy_pair() -> None:
         ("xllamacpp", beside): _seen(0.06, 0.30),
     }
     (claim,) = contention.report(found, rounds=1, threads=2).claims
-    assert claim.value == 0.09 / 0.30
+    assert claim.value == pytest.approx(0.09 / 0.30)
     assert claim.kept
+
+
+def test_one_disturbed_round_of_a_peer_proves_nothing() -> None:
+    """A peer that stood still for a while in one round of three is not slower for it."""
+    alone, beside = contention.SITUATIONS
+    found = {
+        ("caravan", alone): _seen(0.02, 0.03),
+        ("xllamacpp", alone): _seen(0.02, 0.03),
+        ("caravan", beside): _seen(0.06, 0.09, 0.09, 0.09),
+        ("xllamacpp", beside): _seen(0.06, 0.10, 3.0, 0.10),
+    }
+    (claim,) = contention.report(found, rounds=3, threads=2).claims
+    assert claim.value == pytest.approx(0.9)
+    assert not claim.kept
 
 
 def test_the_default_spin_must_cost_nothing_alone() -> None:

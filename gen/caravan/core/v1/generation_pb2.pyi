@@ -51,6 +51,38 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """The request was cancelled by CancelRequest."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _CacheHit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CacheHitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheHit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CACHE_HIT_UNSPECIFIED: _CacheHit.ValueType  # 0
+    """Not known."""
+    CACHE_HIT_COLD: _CacheHit.ValueType  # 1
+    """Nothing was reused."""
+    CACHE_HIT_PARTIAL: _CacheHit.ValueType  # 2
+    """A part came from saved blocks."""
+    CACHE_HIT_EXACT: _CacheHit.ValueType  # 3
+    """The whole prompt came from saved blocks."""
+    CACHE_HIT_RESIDENT: _CacheHit.ValueType  # 4
+    """All that was reused stood in the cells of the engine."""
+
+class CacheHit(_CacheHit, metaclass=_CacheHitEnumTypeWrapper):
+    """Where the reused part of a prompt came from."""
+
+CACHE_HIT_UNSPECIFIED: CacheHit.ValueType  # 0
+"""Not known."""
+CACHE_HIT_COLD: CacheHit.ValueType  # 1
+"""Nothing was reused."""
+CACHE_HIT_PARTIAL: CacheHit.ValueType  # 2
+"""A part came from saved blocks."""
+CACHE_HIT_EXACT: CacheHit.ValueType  # 3
+"""The whole prompt came from saved blocks."""
+CACHE_HIT_RESIDENT: CacheHit.ValueType  # 4
+"""All that was reused stood in the cells of the engine."""
+Global___CacheHit: _TypeAlias = CacheHit  # noqa: Y015
+
 @_typing.final
 class Sampling(_message.Message):
     """How the next token is chosen. An unset field takes the default that its comment gives."""
@@ -323,3 +355,39 @@ class TopLogprob(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
+
+@_typing.final
+class CacheOptions(_message.Message):
+    """What a request wants of the KV cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARENT_KEY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    BYPASS_FIELD_NUMBER: _builtins.int
+    parent_key: _builtins.bytes
+    """The finish_key of the answer that this prompt continues, 32 bytes: if its KV state is still being saved, the request
+    waits a little for it. Empty: none.
+    """
+    session_id: _builtins.str
+    """Id of a conversation: its KV state stays resident in preference to others, until EndSession. At most 128 bytes."""
+    salt: _builtins.str
+    """Isolates: only requests with the same salt share KV state with this one. At most 256 bytes. Empty: the common space."""
+    bypass: _builtins.bool
+    """Neither use nor keep KV state. Default false."""
+    def __init__(
+        self,
+        *,
+        parent_key: _builtins.bytes = ...,
+        session_id: _builtins.str = ...,
+        salt: _builtins.str = ...,
+        bypass: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass", b"bypass", "parent_key", b"parent_key", "salt", b"salt", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheOptions: _TypeAlias = CacheOptions  # noqa: Y015

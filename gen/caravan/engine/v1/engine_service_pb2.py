@@ -27,47 +27,61 @@ from caravan.core.v1 import generation_pb2 as caravan_dot_core_dot_v1_dot_genera
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/engine_service.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xa6\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x06 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06promptB\x0f\n\r_top_logprobs\"\x1a\n\x0bTokenPrompt\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa6\x01\n\x10GenerateResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.caravan.engine.v1.StartedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.caravan.engine.v1.DeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.caravan.engine.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"7\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\x8d\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\"\x83\x02\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10GetStatusRequest\"\x80\x01\n\x11GetStatusResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"\x8e\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x04 \x01(\r\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\"\xc5\x01\n\nEngineLoad\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.caravan.engine.v1.EnginePhase\x12\x15\n\rload_progress\x18\x02 \x01(\x02\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x12\n\nfree_cells\x18\x05 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x02\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\"\x15\n\x13ListInflightRequest\"L\n\x14ListInflightResponse\x12\x34\n\x08requests\x18\x01 \x03(\x0b\x32\".caravan.engine.v1.InflightRequest\"\xaf\x01\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x05phase\x18\x02 \x01(\x0e\x32\x1f.caravan.engine.v1.RequestPhase\x12&\n\x03\x61ge\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r*\xca\x01\n\x0b\x45nginePhase\x12\x1c\n\x18\x45NGINE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PHASE_LOADING\x10\x01\x12\x15\n\x11\x45NGINE_PHASE_IDLE\x10\x02\x12\x1b\n\x17\x45NGINE_PHASE_PREFILLING\x10\x03\x12\x1b\n\x17\x45NGINE_PHASE_GENERATING\x10\x04\x12\x19\n\x15\x45NGINE_PHASE_DRAINING\x10\x05\x12\x17\n\x13\x45NGINE_PHASE_FAILED\x10\x06*\x83\x01\n\x0cRequestPhase\x12\x1d\n\x19REQUEST_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_PHASE_QUEUED\x10\x01\x12\x1c\n\x18REQUEST_PHASE_PREFILLING\x10\x02\x12\x1c\n\x18REQUEST_PHASE_GENERATING\x10\x03\x32\xee\x02\n\rEngineService\x12U\n\x08Generate\x12\".caravan.engine.v1.GenerateRequest\x1a#.caravan.engine.v1.GenerateResponse0\x01\x12M\n\x06\x43\x61ncel\x12 .caravan.engine.v1.CancelRequest\x1a!.caravan.engine.v1.CancelResponse\x12V\n\tGetStatus\x12#.caravan.engine.v1.GetStatusRequest\x1a$.caravan.engine.v1.GetStatusResponse\x12_\n\x0cListInflight\x12&.caravan.engine.v1.ListInflightRequest\x1a\'.caravan.engine.v1.ListInflightResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/engine_service.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xd4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x06 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06promptB\x0f\n\r_top_logprobs\"\x1a\n\x0bTokenPrompt\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa6\x01\n\x10GenerateResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.caravan.engine.v1.StartedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.caravan.engine.v1.DeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.caravan.engine.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"e\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\x8d\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\"\xf6\x02\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nfinish_key\x18\x07 \x01(\x0c\x12,\n\tcache_hit\x18\x08 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12/\n\x0crestore_time\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10GetStatusRequest\"\x80\x01\n\x11GetStatusResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"\xda\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x04 \x01(\r\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x36\n\rcache_support\x18\x07 \x01(\x0e\x32\x1f.caravan.engine.v1.CacheSupport\x12\x12\n\ncache_note\x18\x08 \x01(\t\"\xd1\x02\n\nEngineLoad\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.caravan.engine.v1.EnginePhase\x12\x15\n\rload_progress\x18\x02 \x01(\x02\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x12\n\nfree_cells\x18\x05 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x02\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x19\n\x11swapped_sequences\x18\x08 \x01(\r\x12\x16\n\x0eresident_cells\x18\t \x01(\r\x12\x11\n\tram_bytes\x18\n \x01(\x04\x12+\n\x08last_hit\x18\x0b \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x17\n\x0flast_hit_tokens\x18\x0c \x01(\r\"\x15\n\x13ListInflightRequest\"L\n\x14ListInflightResponse\x12\x34\n\x08requests\x18\x01 \x03(\x0b\x32\".caravan.engine.v1.InflightRequest\"\xaf\x01\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x05phase\x18\x02 \x01(\x0e\x32\x1f.caravan.engine.v1.RequestPhase\x12&\n\x03\x61ge\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\"\xcf\x01\n\x12PrefillOnlyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12,\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06prompt\"\x85\x01\n\x13PrefillOnlyResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x12\n\nfinish_key\x18\x04 \x01(\x0c\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"#\n\x12\x45ndSessionResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\"\n\x12\x46\x65tchBlocksRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"O\n\x13\x46\x65tchBlocksResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x0f\n\x07missing\x18\x04 \x01(\x08*w\n\x0c\x43\x61\x63heSupport\x12\x1d\n\x19\x43\x41\x43HE_SUPPORT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41\x43HE_SUPPORT_BLOCKS\x10\x01\x12\x17\n\x13\x43\x41\x43HE_SUPPORT_WHOLE\x10\x02\x12\x15\n\x11\x43\x41\x43HE_SUPPORT_OFF\x10\x03*\xca\x01\n\x0b\x45nginePhase\x12\x1c\n\x18\x45NGINE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PHASE_LOADING\x10\x01\x12\x15\n\x11\x45NGINE_PHASE_IDLE\x10\x02\x12\x1b\n\x17\x45NGINE_PHASE_PREFILLING\x10\x03\x12\x1b\n\x17\x45NGINE_PHASE_GENERATING\x10\x04\x12\x19\n\x15\x45NGINE_PHASE_DRAINING\x10\x05\x12\x17\n\x13\x45NGINE_PHASE_FAILED\x10\x06*\x83\x01\n\x0cRequestPhase\x12\x1d\n\x19REQUEST_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_PHASE_QUEUED\x10\x01\x12\x1c\n\x18REQUEST_PHASE_PREFILLING\x10\x02\x12\x1c\n\x18REQUEST_PHASE_GENERATING\x10\x03\x32\x87\x05\n\rEngineService\x12U\n\x08Generate\x12\".caravan.engine.v1.GenerateRequest\x1a#.caravan.engine.v1.GenerateResponse0\x01\x12M\n\x06\x43\x61ncel\x12 .caravan.engine.v1.CancelRequest\x1a!.caravan.engine.v1.CancelResponse\x12V\n\tGetStatus\x12#.caravan.engine.v1.GetStatusRequest\x1a$.caravan.engine.v1.GetStatusResponse\x12_\n\x0cListInflight\x12&.caravan.engine.v1.ListInflightRequest\x1a\'.caravan.engine.v1.ListInflightResponse\x12\\\n\x0bPrefillOnly\x12%.caravan.engine.v1.PrefillOnlyRequest\x1a&.caravan.engine.v1.PrefillOnlyResponse\x12Y\n\nEndSession\x12$.caravan.engine.v1.EndSessionRequest\x1a%.caravan.engine.v1.EndSessionResponse\x12^\n\x0b\x46\x65tchBlocks\x12%.caravan.engine.v1.FetchBlocksRequest\x1a&.caravan.engine.v1.FetchBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.engine.v1.engine_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINEPHASE']._serialized_start=1958
-  _globals['_ENGINEPHASE']._serialized_end=2160
-  _globals['_REQUESTPHASE']._serialized_start=2163
-  _globals['_REQUESTPHASE']._serialized_end=2294
+  _globals['_CACHESUPPORT']._serialized_start=2921
+  _globals['_CACHESUPPORT']._serialized_end=3040
+  _globals['_ENGINEPHASE']._serialized_start=3043
+  _globals['_ENGINEPHASE']._serialized_end=3245
+  _globals['_REQUESTPHASE']._serialized_start=3248
+  _globals['_REQUESTPHASE']._serialized_end=3379
   _globals['_GENERATEREQUEST']._serialized_start=156
-  _globals['_GENERATEREQUEST']._serialized_end=450
-  _globals['_TOKENPROMPT']._serialized_start=452
-  _globals['_TOKENPROMPT']._serialized_end=478
-  _globals['_GENERATERESPONSE']._serialized_start=481
-  _globals['_GENERATERESPONSE']._serialized_end=647
-  _globals['_STARTED']._serialized_start=649
-  _globals['_STARTED']._serialized_end=704
-  _globals['_DELTA']._serialized_start=707
-  _globals['_DELTA']._serialized_end=848
-  _globals['_FINISHED']._serialized_start=851
-  _globals['_FINISHED']._serialized_end=1110
-  _globals['_CANCELREQUEST']._serialized_start=1112
-  _globals['_CANCELREQUEST']._serialized_end=1147
-  _globals['_CANCELRESPONSE']._serialized_start=1149
-  _globals['_CANCELRESPONSE']._serialized_end=1180
-  _globals['_GETSTATUSREQUEST']._serialized_start=1182
-  _globals['_GETSTATUSREQUEST']._serialized_end=1200
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1203
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1331
-  _globals['_MODELINFO']._serialized_start=1334
-  _globals['_MODELINFO']._serialized_end=1476
-  _globals['_ENGINELOAD']._serialized_start=1479
-  _globals['_ENGINELOAD']._serialized_end=1676
-  _globals['_LISTINFLIGHTREQUEST']._serialized_start=1678
-  _globals['_LISTINFLIGHTREQUEST']._serialized_end=1699
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=1701
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=1777
-  _globals['_INFLIGHTREQUEST']._serialized_start=1780
-  _globals['_INFLIGHTREQUEST']._serialized_end=1955
-  _globals['_ENGINESERVICE']._serialized_start=2297
-  _globals['_ENGINESERVICE']._serialized_end=2663
+  _globals['_GENERATEREQUEST']._serialized_end=496
+  _globals['_TOKENPROMPT']._serialized_start=498
+  _globals['_TOKENPROMPT']._serialized_end=524
+  _globals['_GENERATERESPONSE']._serialized_start=527
+  _globals['_GENERATERESPONSE']._serialized_end=693
+  _globals['_STARTED']._serialized_start=695
+  _globals['_STARTED']._serialized_end=796
+  _globals['_DELTA']._serialized_start=799
+  _globals['_DELTA']._serialized_end=940
+  _globals['_FINISHED']._serialized_start=943
+  _globals['_FINISHED']._serialized_end=1317
+  _globals['_CANCELREQUEST']._serialized_start=1319
+  _globals['_CANCELREQUEST']._serialized_end=1354
+  _globals['_CANCELRESPONSE']._serialized_start=1356
+  _globals['_CANCELRESPONSE']._serialized_end=1387
+  _globals['_GETSTATUSREQUEST']._serialized_start=1389
+  _globals['_GETSTATUSREQUEST']._serialized_end=1407
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1410
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1538
+  _globals['_MODELINFO']._serialized_start=1541
+  _globals['_MODELINFO']._serialized_end=1759
+  _globals['_ENGINELOAD']._serialized_start=1762
+  _globals['_ENGINELOAD']._serialized_end=2099
+  _globals['_LISTINFLIGHTREQUEST']._serialized_start=2101
+  _globals['_LISTINFLIGHTREQUEST']._serialized_end=2122
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=2124
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=2200
+  _globals['_INFLIGHTREQUEST']._serialized_start=2203
+  _globals['_INFLIGHTREQUEST']._serialized_end=2378
+  _globals['_PREFILLONLYREQUEST']._serialized_start=2381
+  _globals['_PREFILLONLYREQUEST']._serialized_end=2588
+  _globals['_PREFILLONLYRESPONSE']._serialized_start=2591
+  _globals['_PREFILLONLYRESPONSE']._serialized_end=2724
+  _globals['_ENDSESSIONREQUEST']._serialized_start=2726
+  _globals['_ENDSESSIONREQUEST']._serialized_end=2765
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=2767
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=2802
+  _globals['_FETCHBLOCKSREQUEST']._serialized_start=2804
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=2838
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=2840
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=2919
+  _globals['_ENGINESERVICE']._serialized_start=3382
+  _globals['_ENGINESERVICE']._serialized_end=4029
 # @@protoc_insertion_point(module_scope)

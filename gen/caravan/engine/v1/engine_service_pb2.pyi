@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _CacheSupport:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CacheSupportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CacheSupport.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CACHE_SUPPORT_UNSPECIFIED: _CacheSupport.ValueType  # 0
+    """Not known yet."""
+    CACHE_SUPPORT_BLOCKS: _CacheSupport.ValueType  # 1
+    """In blocks."""
+    CACHE_SUPPORT_WHOLE: _CacheSupport.ValueType  # 2
+    """As whole states, because it cannot be cut."""
+    CACHE_SUPPORT_OFF: _CacheSupport.ValueType  # 3
+    """Not at all."""
+
+class CacheSupport(_CacheSupport, metaclass=_CacheSupportEnumTypeWrapper):
+    """How the KV state of a model is cached."""
+
+CACHE_SUPPORT_UNSPECIFIED: CacheSupport.ValueType  # 0
+"""Not known yet."""
+CACHE_SUPPORT_BLOCKS: CacheSupport.ValueType  # 1
+"""In blocks."""
+CACHE_SUPPORT_WHOLE: CacheSupport.ValueType  # 2
+"""As whole states, because it cannot be cut."""
+CACHE_SUPPORT_OFF: CacheSupport.ValueType  # 3
+"""Not at all."""
+Global___CacheSupport: _TypeAlias = CacheSupport  # noqa: Y015
+
 class _EnginePhase:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -103,6 +131,7 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, unique among those in flight. 1 to 128 bytes."""
     text: _builtins.str
@@ -125,6 +154,10 @@ class GenerateRequest(_message.Message):
     def stop(self) -> _generation_pb2.StopConditions:
         """When to stop."""
 
+    @_builtins.property
+    def cache(self) -> _generation_pb2.CacheOptions:
+        """What the request wants of the KV cache."""
+
     def __init__(
         self,
         *,
@@ -135,10 +168,11 @@ class GenerateRequest(_message.Message):
         sampling: _generation_pb2.Sampling | None = ...,
         stop: _generation_pb2.StopConditions | None = ...,
         top_logprobs: _builtins.int | None = ...,
+        cache: _generation_pb2.CacheOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "chat", b"chat", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "chat", b"chat", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -221,19 +255,23 @@ class Started(_message.Message):
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     cached_tokens: _builtins.int
     """Tokens of the prompt whose KV state is reused."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where they came from."""
     def __init__(
         self,
         *,
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "cached_tokens", b"cached_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -291,10 +329,17 @@ class Finished(_message.Message):
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
     PREFILL_TIME_FIELD_NUMBER: _builtins.int
     DECODE_TIME_FIELD_NUMBER: _builtins.int
+    FINISH_KEY_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
+    RESTORE_TIME_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why it ended."""
     stop_text: _builtins.str
     """The stop text that was met. Empty if none."""
+    finish_key: _builtins.bytes
+    """Key of the KV state of prompt and answer, for CacheOptions.parent_key. 32 bytes; empty if it is not kept."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where the reused part of the prompt came from."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """Tokens used."""
@@ -311,6 +356,10 @@ class Finished(_message.Message):
     def decode_time(self) -> _duration_pb2.Duration:
         """From the first token to the last."""
 
+    @_builtins.property
+    def restore_time(self) -> _duration_pb2.Duration:
+        """Spent on finding and reading saved blocks, before queue_time ends."""
+
     def __init__(
         self,
         *,
@@ -320,10 +369,13 @@ class Finished(_message.Message):
         queue_time: _duration_pb2.Duration | None = ...,
         prefill_time: _duration_pb2.Duration | None = ...,
         decode_time: _duration_pb2.Duration | None = ...,
+        finish_key: _builtins.bytes = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
+        restore_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "restore_time", b"restore_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_time", b"decode_time", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "reason", b"reason", "stop_text", b"stop_text", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "decode_time", b"decode_time", "finish_key", b"finish_key", "prefill_time", b"prefill_time", "queue_time", b"queue_time", "reason", b"reason", "restore_time", b"restore_time", "stop_text", b"stop_text", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -436,6 +488,8 @@ class ModelInfo(_message.Message):
     VOCABULARY_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
+    CACHE_SUPPORT_FIELD_NUMBER: _builtins.int
+    CACHE_NOTE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the model is served."""
     description: _builtins.str
@@ -448,6 +502,10 @@ class ModelInfo(_message.Message):
     """Most sequences at a time."""
     weight_bytes: _builtins.int
     """Bytes of the weights."""
+    cache_support: Global___CacheSupport.ValueType
+    """How its KV state is cached."""
+    cache_note: _builtins.str
+    """Why it is not cached in blocks. Empty if it is."""
     def __init__(
         self,
         *,
@@ -457,10 +515,12 @@ class ModelInfo(_message.Message):
         vocabulary_tokens: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         weight_bytes: _builtins.int = ...,
+        cache_support: Global___CacheSupport.ValueType = ...,
+        cache_note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "description", b"description", "max_sequences", b"max_sequences", "name", b"name", "vocabulary_tokens", b"vocabulary_tokens", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_note", b"cache_note", "cache_support", b"cache_support", "context_tokens", b"context_tokens", "description", b"description", "max_sequences", b"max_sequences", "name", b"name", "vocabulary_tokens", b"vocabulary_tokens", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -479,6 +539,11 @@ class EngineLoad(_message.Message):
     FREE_CELLS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    SWAPPED_SEQUENCES_FIELD_NUMBER: _builtins.int
+    RESIDENT_CELLS_FIELD_NUMBER: _builtins.int
+    RAM_BYTES_FIELD_NUMBER: _builtins.int
+    LAST_HIT_FIELD_NUMBER: _builtins.int
+    LAST_HIT_TOKENS_FIELD_NUMBER: _builtins.int
     phase: Global___EnginePhase.ValueType
     """Where it stands."""
     load_progress: _builtins.float
@@ -493,6 +558,16 @@ class EngineLoad(_message.Message):
     """Tokens generated per second, over the last report interval."""
     failure: _builtins.str
     """Why the model could not be loaded. Only in ENGINE_PHASE_FAILED."""
+    swapped_sequences: _builtins.int
+    """Sequences that were packed away to make room, and wait to go on."""
+    resident_cells: _builtins.int
+    """Cells of finished sequences that stay for reuse."""
+    ram_bytes: _builtins.int
+    """Bytes of blocks in the engine's RAM."""
+    last_hit: _generation_pb2.CacheHit.ValueType
+    """Where the last admitted request's prompt came from; unspecified before the first."""
+    last_hit_tokens: _builtins.int
+    """Tokens that it reused."""
     def __init__(
         self,
         *,
@@ -503,10 +578,15 @@ class EngineLoad(_message.Message):
         free_cells: _builtins.int = ...,
         tokens_per_second: _builtins.float = ...,
         failure: _builtins.str = ...,
+        swapped_sequences: _builtins.int = ...,
+        resident_cells: _builtins.int = ...,
+        ram_bytes: _builtins.int = ...,
+        last_hit: _generation_pb2.CacheHit.ValueType = ...,
+        last_hit_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "failure", b"failure", "free_cells", b"free_cells", "load_progress", b"load_progress", "phase", b"phase", "queued_requests", b"queued_requests", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_sequences", b"active_sequences", "failure", b"failure", "free_cells", b"free_cells", "last_hit", b"last_hit", "last_hit_tokens", b"last_hit_tokens", "load_progress", b"load_progress", "phase", b"phase", "queued_requests", b"queued_requests", "ram_bytes", b"ram_bytes", "resident_cells", b"resident_cells", "swapped_sequences", b"swapped_sequences", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -592,3 +672,185 @@ class InflightRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___InflightRequest: _TypeAlias = InflightRequest  # noqa: Y015
+
+@_typing.final
+class PrefillOnlyRequest(_message.Message):
+    """Asks to compute a prompt and to keep its KV state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Id of the request, unique among those in flight. 1 to 128 bytes."""
+    text: _builtins.str
+    """A text; special tokens in it are text."""
+    @_builtins.property
+    def chat(self) -> _chat_pb2.ChatPrompt:
+        """A chat, rendered by the chat template of the model."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenPrompt:
+        """Tokens."""
+
+    @_builtins.property
+    def cache(self) -> _generation_pb2.CacheOptions:
+        """What the request wants of the KV cache."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        chat: _chat_pb2.ChatPrompt | None = ...,
+        text: _builtins.str = ...,
+        tokens: Global___TokenPrompt | None = ...,
+        cache: _generation_pb2.CacheOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "prompt", b"prompt", "request_id", b"request_id", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___PrefillOnlyRequest: _TypeAlias = PrefillOnlyRequest  # noqa: Y015
+
+@_typing.final
+class PrefillOnlyResponse(_message.Message):
+    """The prompt is computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
+    FINISH_KEY_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    cached_tokens: _builtins.int
+    """Tokens of it whose KV state was reused."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where they came from."""
+    finish_key: _builtins.bytes
+    """Key of the KV state of the prompt, for CacheOptions.parent_key. 32 bytes; empty if it is not kept."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
+        finish_key: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "cached_tokens", b"cached_tokens", "finish_key", b"finish_key", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillOnlyResponse: _TypeAlias = PrefillOnlyResponse  # noqa: Y015
+
+@_typing.final
+class EndSessionRequest(_message.Message):
+    """Lets go of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Its id."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionRequest: _TypeAlias = EndSessionRequest  # noqa: Y015
+
+@_typing.final
+class EndSessionResponse(_message.Message):
+    """The conversation is let go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    found: _builtins.bool
+    """Whether something was kept for it."""
+    def __init__(
+        self,
+        *,
+        found: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
+
+@_typing.final
+class FetchBlocksRequest(_message.Message):
+    """Asks for saved blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Their keys, 32 bytes each. At most 65536."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlocksRequest: _TypeAlias = FetchBlocksRequest  # noqa: Y015
+
+@_typing.final
+class FetchBlocksResponse(_message.Message):
+    """A piece of a block's file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """The block."""
+    data: _builtins.bytes
+    """The next bytes of its file. At most 1 MiB."""
+    last: _builtins.bool
+    """Whether these were the last of this block."""
+    missing: _builtins.bool
+    """Whether the block is not there; no bytes follow."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes = ...,
+        data: _builtins.bytes = ...,
+        last: _builtins.bool = ...,
+        missing: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "key", b"key", "last", b"last", "missing", b"missing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FetchBlocksResponse: _TypeAlias = FetchBlocksResponse  # noqa: Y015

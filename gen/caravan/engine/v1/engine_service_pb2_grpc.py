@@ -55,6 +55,21 @@ class EngineServiceStub:
                 request_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightRequest.SerializeToString,
                 response_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightResponse.FromString,
                 _registered_method=True)
+        self.PrefillOnly = channel.unary_unary(
+                '/caravan.engine.v1.EngineService/PrefillOnly',
+                request_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyRequest.SerializeToString,
+                response_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/caravan.engine.v1.EngineService/EndSession',
+                request_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
+        self.FetchBlocks = channel.unary_stream(
+                '/caravan.engine.v1.EngineService/FetchBlocks',
+                request_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksRequest.SerializeToString,
+                response_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -89,6 +104,28 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillOnly(self, request, context):
+        """Computes a prompt and keeps its KV state, without sampling: a request that begins with it starts warm.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Lets go of the KV state that a conversation keeps resident. An unknown id is not an error: the answer says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBlocks(self, request, context):
+        """Sends saved blocks to another engine, in the order asked for, as the contents of their files. One that is not there
+        comes as `missing`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +148,21 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.ListInflight,
                     request_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightRequest.FromString,
                     response_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightResponse.SerializeToString,
+            ),
+            'PrefillOnly': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefillOnly,
+                    request_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyRequest.FromString,
+                    response_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionRequest.FromString,
+                    response_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionResponse.SerializeToString,
+            ),
+            'FetchBlocks': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchBlocks,
+                    request_deserializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksRequest.FromString,
+                    response_serializer=caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +274,87 @@ class EngineService:
             '/caravan.engine.v1.EngineService/ListInflight',
             caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightRequest.SerializeToString,
             caravan_dot_engine_dot_v1_dot_engine__service__pb2.ListInflightResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillOnly(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.engine.v1.EngineService/PrefillOnly',
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyRequest.SerializeToString,
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.PrefillOnlyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.engine.v1.EngineService/EndSession',
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionRequest.SerializeToString,
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.EndSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/caravan.engine.v1.EngineService/FetchBlocks',
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksRequest.SerializeToString,
+            caravan_dot_engine_dot_v1_dot_engine__service__pb2.FetchBlocksResponse.FromString,
             options,
             channel_credentials,
             insecure,

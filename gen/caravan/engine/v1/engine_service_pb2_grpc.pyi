@@ -41,6 +41,14 @@ class EngineServiceStub:
     """Tells what the engine is and does."""
     ListInflight: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.ListInflightRequest, _engine_service_pb2.ListInflightResponse]
     """Lists the requests in flight, oldest first."""
+    PrefillOnly: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.PrefillOnlyRequest, _engine_service_pb2.PrefillOnlyResponse]
+    """Computes a prompt and keeps its KV state, without sampling: a request that begins with it starts warm."""
+    EndSession: _grpc.UnaryUnaryMultiCallable[_engine_service_pb2.EndSessionRequest, _engine_service_pb2.EndSessionResponse]
+    """Lets go of the KV state that a conversation keeps resident. An unknown id is not an error: the answer says so."""
+    FetchBlocks: _grpc.UnaryStreamMultiCallable[_engine_service_pb2.FetchBlocksRequest, _engine_service_pb2.FetchBlocksResponse]
+    """Sends saved blocks to another engine, in the order asked for, as the contents of their files. One that is not there
+    comes as `missing`.
+    """
 
 @_typing.type_check_only
 class EngineServiceAsyncStub(EngineServiceStub):
@@ -55,6 +63,14 @@ class EngineServiceAsyncStub(EngineServiceStub):
     """Tells what the engine is and does."""
     ListInflight: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.ListInflightRequest, _engine_service_pb2.ListInflightResponse]  # type: ignore[assignment]
     """Lists the requests in flight, oldest first."""
+    PrefillOnly: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.PrefillOnlyRequest, _engine_service_pb2.PrefillOnlyResponse]  # type: ignore[assignment]
+    """Computes a prompt and keeps its KV state, without sampling: a request that begins with it starts warm."""
+    EndSession: _aio.UnaryUnaryMultiCallable[_engine_service_pb2.EndSessionRequest, _engine_service_pb2.EndSessionResponse]  # type: ignore[assignment]
+    """Lets go of the KV state that a conversation keeps resident. An unknown id is not an error: the answer says so."""
+    FetchBlocks: _aio.UnaryStreamMultiCallable[_engine_service_pb2.FetchBlocksRequest, _engine_service_pb2.FetchBlocksResponse]  # type: ignore[assignment]
+    """Sends saved blocks to another engine, in the order asked for, as the contents of their files. One that is not there
+    comes as `missing`.
+    """
 
 class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs one model."""
@@ -90,5 +106,31 @@ class EngineServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_service_pb2.ListInflightResponse, _abc.Awaitable[_engine_service_pb2.ListInflightResponse]]:
         """Lists the requests in flight, oldest first."""
+
+    @_abc_1.abstractmethod
+    def PrefillOnly(
+        self,
+        request: _engine_service_pb2.PrefillOnlyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.PrefillOnlyResponse, _abc.Awaitable[_engine_service_pb2.PrefillOnlyResponse]]:
+        """Computes a prompt and keeps its KV state, without sampling: a request that begins with it starts warm."""
+
+    @_abc_1.abstractmethod
+    def EndSession(
+        self,
+        request: _engine_service_pb2.EndSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_service_pb2.EndSessionResponse, _abc.Awaitable[_engine_service_pb2.EndSessionResponse]]:
+        """Lets go of the KV state that a conversation keeps resident. An unknown id is not an error: the answer says so."""
+
+    @_abc_1.abstractmethod
+    def FetchBlocks(
+        self,
+        request: _engine_service_pb2.FetchBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_engine_service_pb2.FetchBlocksResponse], _abc.AsyncIterator[_engine_service_pb2.FetchBlocksResponse]]:
+        """Sends saved blocks to another engine, in the order asked for, as the contents of their files. One that is not there
+        comes as `missing`.
+        """
 
 def add_EngineServiceServicer_to_server(servicer: EngineServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

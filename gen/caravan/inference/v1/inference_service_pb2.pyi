@@ -32,6 +32,7 @@ class ChatRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     top_logprobs: _builtins.int
@@ -48,6 +49,10 @@ class ChatRequest(_message.Message):
     def stop(self) -> _generation_pb2.StopConditions:
         """When to stop."""
 
+    @_builtins.property
+    def cache(self) -> _generation_pb2.CacheOptions:
+        """What the request wants of the KV cache."""
+
     def __init__(
         self,
         *,
@@ -56,10 +61,11 @@ class ChatRequest(_message.Message):
         sampling: _generation_pb2.Sampling | None = ...,
         stop: _generation_pb2.StopConditions | None = ...,
         top_logprobs: _builtins.int | None = ...,
+        cache: _generation_pb2.CacheOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -117,6 +123,7 @@ class CompleteRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     text: _builtins.str
@@ -135,6 +142,10 @@ class CompleteRequest(_message.Message):
     def stop(self) -> _generation_pb2.StopConditions:
         """When to stop."""
 
+    @_builtins.property
+    def cache(self) -> _generation_pb2.CacheOptions:
+        """What the request wants of the KV cache."""
+
     def __init__(
         self,
         *,
@@ -144,10 +155,11 @@ class CompleteRequest(_message.Message):
         sampling: _generation_pb2.Sampling | None = ...,
         stop: _generation_pb2.StopConditions | None = ...,
         top_logprobs: _builtins.int | None = ...,
+        cache: _generation_pb2.CacheOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -232,6 +244,7 @@ class Started(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, for CancelRequest and for the logs."""
     prompt_tokens: _builtins.int
@@ -240,6 +253,8 @@ class Started(_message.Message):
     """Tokens of the prompt whose KV state is reused."""
     engine_id: _builtins.str
     """The engine that serves it."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where the reused tokens came from."""
     def __init__(
         self,
         *,
@@ -247,10 +262,11 @@ class Started(_message.Message):
         prompt_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
         engine_id: _builtins.str = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,8 +320,14 @@ class Finished(_message.Message):
 
     REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    FINISH_KEY_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why it ended."""
+    finish_key: _builtins.bytes
+    """Key of the KV state of prompt and answer, for CacheOptions.parent_key. 32 bytes; empty if it is not kept."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where the reused part of the prompt came from."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """Tokens used."""
@@ -315,14 +337,148 @@ class Finished(_message.Message):
         *,
         reason: _generation_pb2.FinishReason.ValueType = ...,
         usage: _generation_pb2.Usage | None = ...,
+        finish_key: _builtins.bytes = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "finish_key", b"finish_key", "reason", b"reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finished: _TypeAlias = Finished  # noqa: Y015
+
+@_typing.final
+class PrefillOnlyRequest(_message.Message):
+    """Asks to compute a prompt and to keep its KV state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model."""
+    text: _builtins.str
+    """A text; special tokens in it are text."""
+    @_builtins.property
+    def chat(self) -> _chat_pb2.ChatPrompt:
+        """A chat."""
+
+    @_builtins.property
+    def tokens(self) -> Global___TokenList:
+        """Tokens of the model's vocabulary."""
+
+    @_builtins.property
+    def cache(self) -> _generation_pb2.CacheOptions:
+        """What the request wants of the KV cache."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        chat: _chat_pb2.ChatPrompt | None = ...,
+        text: _builtins.str = ...,
+        tokens: Global___TokenList | None = ...,
+        cache: _generation_pb2.CacheOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "model", b"model", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
+
+Global___PrefillOnlyRequest: _TypeAlias = PrefillOnlyRequest  # noqa: Y015
+
+@_typing.final
+class PrefillOnlyResponse(_message.Message):
+    """The prompt is computed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_HIT_FIELD_NUMBER: _builtins.int
+    FINISH_KEY_FIELD_NUMBER: _builtins.int
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    """Tokens of the prompt."""
+    cached_tokens: _builtins.int
+    """Tokens of it whose KV state was reused."""
+    cache_hit: _generation_pb2.CacheHit.ValueType
+    """Where they came from."""
+    finish_key: _builtins.bytes
+    """Key of the KV state of the prompt, for CacheOptions.parent_key. 32 bytes; empty if it is not kept."""
+    engine_id: _builtins.str
+    """The engine that computed it."""
+    def __init__(
+        self,
+        *,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        cache_hit: _generation_pb2.CacheHit.ValueType = ...,
+        finish_key: _builtins.bytes = ...,
+        engine_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "cached_tokens", b"cached_tokens", "engine_id", b"engine_id", "finish_key", b"finish_key", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefillOnlyResponse: _TypeAlias = PrefillOnlyResponse  # noqa: Y015
+
+@_typing.final
+class EndSessionRequest(_message.Message):
+    """Lets go of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model."""
+    session_id: _builtins.str
+    """Id of the conversation, as in CacheOptions.session_id."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionRequest: _TypeAlias = EndSessionRequest  # noqa: Y015
+
+@_typing.final
+class EndSessionResponse(_message.Message):
+    """The conversation is let go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FOUND_FIELD_NUMBER: _builtins.int
+    found: _builtins.bool
+    """Whether something was kept for it."""
+    def __init__(
+        self,
+        *,
+        found: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["found", b"found"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndSessionResponse: _TypeAlias = EndSessionResponse  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):

@@ -53,6 +53,16 @@ class InferenceServiceStub:
                 request_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.PrefillOnly = channel.unary_unary(
+                '/caravan.inference.v1.InferenceService/PrefillOnly',
+                request_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyRequest.SerializeToString,
+                response_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyResponse.FromString,
+                _registered_method=True)
+        self.EndSession = channel.unary_unary(
+                '/caravan.inference.v1.InferenceService/EndSession',
+                request_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionRequest.SerializeToString,
+                response_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionResponse.FromString,
+                _registered_method=True)
         self.CancelRequest = channel.unary_unary(
                 '/caravan.inference.v1.InferenceService/CancelRequest',
                 request_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.CancelRequestRequest.SerializeToString,
@@ -88,6 +98,20 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PrefillOnly(self, request, context):
+        """Computes a chat's or text's prompt and keeps its KV state, without an answer: a request that begins with it starts warm.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndSession(self, request, context):
+        """Lets go of the KV state that a conversation keeps resident, on every engine of the model.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelRequest(self, request, context):
         """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED.
         """
@@ -112,6 +136,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsRequest.FromString,
                     response_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'PrefillOnly': grpc.unary_unary_rpc_method_handler(
+                    servicer.PrefillOnly,
+                    request_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyRequest.FromString,
+                    response_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyResponse.SerializeToString,
+            ),
+            'EndSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndSession,
+                    request_deserializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionRequest.FromString,
+                    response_serializer=caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionResponse.SerializeToString,
             ),
             'CancelRequest': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelRequest,
@@ -204,6 +238,60 @@ class InferenceService:
             '/caravan.inference.v1.InferenceService/ListModels',
             caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsRequest.SerializeToString,
             caravan_dot_inference_dot_v1_dot_inference__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PrefillOnly(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.inference.v1.InferenceService/PrefillOnly',
+            caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyRequest.SerializeToString,
+            caravan_dot_inference_dot_v1_dot_inference__service__pb2.PrefillOnlyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.inference.v1.InferenceService/EndSession',
+            caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionRequest.SerializeToString,
+            caravan_dot_inference_dot_v1_dot_inference__service__pb2.EndSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

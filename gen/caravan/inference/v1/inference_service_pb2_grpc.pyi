@@ -43,6 +43,10 @@ class InferenceServiceStub:
     """Continues a text or a list of tokens. Events as for Chat."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]
     """Lists the models that can be asked for, by name."""
+    PrefillOnly: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.PrefillOnlyRequest, _inference_service_pb2.PrefillOnlyResponse]
+    """Computes a chat's or text's prompt and keeps its KV state, without an answer: a request that begins with it starts warm."""
+    EndSession: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EndSessionRequest, _inference_service_pb2.EndSessionResponse]
+    """Lets go of the KV state that a conversation keeps resident, on every engine of the model."""
     CancelRequest: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CancelRequestRequest, _inference_service_pb2.CancelRequestResponse]
     """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED."""
 
@@ -61,6 +65,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Continues a text or a list of tokens. Events as for Chat."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.ListModelsRequest, _inference_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models that can be asked for, by name."""
+    PrefillOnly: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.PrefillOnlyRequest, _inference_service_pb2.PrefillOnlyResponse]  # type: ignore[assignment]
+    """Computes a chat's or text's prompt and keeps its KV state, without an answer: a request that begins with it starts warm."""
+    EndSession: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EndSessionRequest, _inference_service_pb2.EndSessionResponse]  # type: ignore[assignment]
+    """Lets go of the KV state that a conversation keeps resident, on every engine of the model."""
     CancelRequest: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CancelRequestRequest, _inference_service_pb2.CancelRequestResponse]  # type: ignore[assignment]
     """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED."""
 
@@ -94,6 +102,22 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.ListModelsResponse, _abc.Awaitable[_inference_service_pb2.ListModelsResponse]]:
         """Lists the models that can be asked for, by name."""
+
+    @_abc_1.abstractmethod
+    def PrefillOnly(
+        self,
+        request: _inference_service_pb2.PrefillOnlyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.PrefillOnlyResponse, _abc.Awaitable[_inference_service_pb2.PrefillOnlyResponse]]:
+        """Computes a chat's or text's prompt and keeps its KV state, without an answer: a request that begins with it starts warm."""
+
+    @_abc_1.abstractmethod
+    def EndSession(
+        self,
+        request: _inference_service_pb2.EndSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_service_pb2.EndSessionResponse, _abc.Awaitable[_inference_service_pb2.EndSessionResponse]]:
+        """Lets go of the KV state that a conversation keeps resident, on every engine of the model."""
 
     @_abc_1.abstractmethod
     def CancelRequest(

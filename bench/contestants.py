@@ -74,34 +74,50 @@ class Stack:
 
 
 @contextlib.contextmanager
+def state_folder() -> Iterator[Path]:
+    """An empty state directory, for stacks that are to remember what earlier ones kept; it goes with the block."""
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="state-", dir=FOLDER) as state:
+        yield Path(state)
+
+
+@contextlib.contextmanager
 def caravan(
     models: Sequence[str],
     *,
     options: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    state_dir: Path | None = None,
+    log_name: str = "caravan",
 ) -> Iterator[Stack]:
-    """Runs `caravan up` with NAME=PATH models on a free port until the block ends. Raises StartError."""
+    """Runs `caravan up` with NAME=PATH models on a free port until the block ends. Raises StartError.
+
+    Without a `state_dir` it gets an empty one, which goes with it.
+    """
     port = free_port()
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="state-", dir=FOLDER) as state:
+    with contextlib.ExitStack() as folders:
+        state = state_dir or folders.enter_context(state_folder())
         argv = [sys.executable, "-m", "services.cli", "up", "--port", str(port)]
-        argv += ["--state-dir", state, *options]
+        argv += ["--state-dir", str(state), *options]
         argv += [word for model in models for word in ("--model", model)]
-        with running("caravan", argv, environment) as process:
+        with running(log_name, argv, environment) as process:
             url = f"http://127.0.0.1:{port}"
-            wait_until_answers("caravan", process, f"{url}/healthz", READY_TIMEOUT_S)
+            wait_until_answers(log_name, process, f"{url}/healthz", READY_TIMEOUT_S)
             names = [model.partition("=")[0] for model in models]
-            _wait_until_serves(process, f"{url}/v1/chat/completions", names)
-            listed = json.loads((Path(state) / "endpoints.json").read_text())["processes"]
+            _wait_until_serves(process, f"{url}/v1/chat/completions", names, log_name)
+            listed = json.loads((state / "endpoints.json").read_text())["processes"]
             server = Server("caravan", "caravan (REST through Envoy)", port, process.pid)
             try:
                 yield Stack(server, tuple(listed))
             finally:
                 if process.poll() is not None:
-                    raise StartError(f"caravan up ended early:\n{log_tail('caravan')}")
+                    raise StartError(f"caravan up ended early:\n{log_tail(log_name)}")
 
 
-def _wait_until_serves(process: subprocess.Popen[bytes], url: str, models: Sequence[str]) -> None:
+def _wait_until_serves(
+    process: subprocess.Popen[bytes], url: str, models: Sequence[str], log_name: str
+) -> None:
     """Waits until every model gives a token: ready is what answers."""
     deadline = time.monotonic() + READY_TIMEOUT_S
     for model in models:
@@ -115,7 +131,7 @@ def _wait_until_serves(process: subprocess.Popen[bytes], url: str, models: Seque
                 break
             except OSError as error:
                 if time.monotonic() > deadline or process.poll() is not None:
-                    message = f"caravan does not serve {model}: {error}\n{log_tail('caravan')}"
+                    message = f"caravan does not serve {model}: {error}\n{log_tail(log_name)}"
                     raise StartError(message) from error
                 time.sleep(0.2)
 

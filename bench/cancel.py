@@ -1,9 +1,9 @@
 """How soon a client that leaves gives its sequence back, for each way of leaving.
 
-`python -m bench.cancel [--trials 100]`. The engine is the scripted one with real step times, so the bounds are known: two
-decode steps + 50 ms, and one prefill chunk + 50 ms while a long prompt is prefilled. Time counts from closing the client's
-socket until the engine, asked directly over gRPC, neither lists the request nor runs its sequence; the question itself
-is part of it.
+`python -m bench.cancel [--trials 100] [--real]`. The bounds are two decode steps + 50 ms, and what is being computed of the
+request's own prompt, at most a chunk, which nothing can interrupt. The engine is the scripted one, whose times are known;
+with --real it runs the 0.5B-shaped model, and its times are measured first. Time counts from closing the client's socket
+until the engine, asked directly over gRPC, neither lists the request nor runs its sequence; the question itself is part of it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from dataclasses import dataclass
 
 from caravan.engine.v1 import engine_service_pb2
 
-from bench import contestants
+from bench import contestants, model_files
 from bench.engine_client import EngineClient, EngineState
-from bench.measures import percentile
+from bench.measures import gaps, median, percentile
 from bench.report import Report, Table, arguments, ceiling, finish, progress
 from bench.sse_client import Exchange, stream
 from services.runtime.channel import open_channel
 
-MODEL = "scripted"
+MODEL = "bench"
 STEP_MS = 20.0
 PREFILL_MS_PER_TOKEN = 0.5
+SCRIPT = (
+    f"scripted:?step_ms={STEP_MS:g}&prefill_ms_per_token={PREFILL_MS_PER_TOKEN:g}&context=16384"
+)
 CHUNK_TOKENS = 256
 SLACK_MS = 50.0
 LONG_PROMPT_WORDS = 1500
@@ -39,12 +42,24 @@ PREFILLING = engine_service_pb2.REQUEST_PHASE_PREFILLING
 
 
 @dataclass(frozen=True, slots=True)
+class Speed:
+    """How long the engine takes, in ms: a decode step, a step of all streams of the load and one more, a chunk of
+    CHUNK_TOKENS of a prompt, and the short prompt of a trial, which is one chunk."""
+
+    step_ms: float
+    loaded_step_ms: float
+    chunk_ms: float
+    short_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Bench:
     """What every trial needs."""
 
     port: int
     engine: EngineClient
     rng: random.Random
+    speed: Speed
 
     def body(self, prompt: str, *, streamed: bool) -> dict[str, object]:
         """A request that would run much longer than the trial."""
@@ -112,7 +127,7 @@ async def while_decoding(bench: Bench, trial: int) -> float:
         for _ in range(bench.rng.randint(2, 6)):
             await anext(events)
         request_id = await departure.arrival()
-        await asyncio.sleep(bench.rng.uniform(0, STEP_MS / 1000))
+        await asyncio.sleep(bench.rng.uniform(0, bench.speed.step_ms / 1000))
         return await departure.leave(request_id)
 
 
@@ -123,7 +138,7 @@ async def while_prefilling(bench: Bench, trial: int) -> float:
         await bench.until(
             lambda seen: seen.requests[request_id].phase == PREFILLING, "the prefill to begin"
         )
-        await asyncio.sleep(bench.rng.uniform(0, 2 * CHUNK_TOKENS * PREFILL_MS_PER_TOKEN / 1000))
+        await asyncio.sleep(bench.rng.uniform(0, 2 * bench.speed.chunk_ms / 1000))
         return await departure.leave(request_id)
 
 
@@ -170,25 +185,45 @@ async def load(bench: Bench) -> AsyncIterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A way of leaving and how long the sequence may stay, in ms."""
+    """A way of leaving. Until the sequence is free, two steps may pass, and what of its own prompt is being computed."""
 
     name: str
     trial: Callable[[Bench, int], Awaitable[float]]
-    bound_ms: float
+    prompt: str = "computed"
     loaded: bool = False
 
+    def bound_ms(self, speed: Speed) -> float:
+        """How long the sequence may stay."""
+        if self.prompt == "long":
+            return speed.chunk_ms + speed.step_ms + SLACK_MS
+        steps = 2 * (speed.loaded_step_ms if self.loaded else speed.step_ms)
+        return steps + (speed.short_ms if self.prompt == "short" else 0) + SLACK_MS
 
-DECODE_MS = 2 * STEP_MS + SLACK_MS
+
 CASES = (
-    Case("while decoding", while_decoding, DECODE_MS),
-    Case(
-        "while prefilling a long prompt",
-        while_prefilling,
-        CHUNK_TOKENS * PREFILL_MS_PER_TOKEN + STEP_MS + SLACK_MS,
-    ),
-    Case("before the first chunk", before_first_chunk, DECODE_MS),
-    Case("plain request, others stream", plain_under_load, DECODE_MS, loaded=True),
+    Case("while decoding", while_decoding),
+    Case("while prefilling a long prompt", while_prefilling, prompt="long"),
+    Case("before the first chunk", before_first_chunk, prompt="short"),
+    Case("plain request, others stream", plain_under_load, prompt="short", loaded=True),
 )
+SCRIPTED = Speed(STEP_MS, STEP_MS, CHUNK_TOKENS * PREFILL_MS_PER_TOKEN, 0)
+
+
+async def measured_speed(engine: EngineClient) -> Speed:
+    """What a model that nobody else uses takes."""
+    long = "word " * (2 * CHUNK_TOKENS)
+    await engine.generate("warm-up", long, 2)
+    short = await engine.generate("short", "plain 100", 32)
+    first = await engine.generate("long", f"speed {long}", 2)
+    streams = await asyncio.gather(
+        *(engine.generate(f"load-{n}", f"load {n}", 32) for n in range(LOAD_STREAMS + 1))
+    )
+    return Speed(
+        step_ms=1000 * median(gaps(short.times)),
+        loaded_step_ms=1000 * median(gaps(streams[-1].times)),
+        chunk_ms=1000 * first.first_s / 2,
+        short_ms=1000 * short.first_s,
+    )
 
 
 async def run_case(bench: Bench, case: Case, trials: int) -> list[float]:
@@ -200,31 +235,40 @@ async def run_case(bench: Bench, case: Case, trials: int) -> list[float]:
         return [await case.trial(bench, number) for number in range(trials)]
 
 
-async def run(stack: contestants.Stack, trials: int, seed: int) -> Report:
+async def run(stack: contestants.Stack, trials: int, seed: int, *, real: bool) -> Report:
     """Measures a stack that runs."""
+    rng = random.Random(seed)
     async with open_channel(stack.address("engine-0")) as channel:
-        bench = Bench(stack.server.port, EngineClient(channel), random.Random(seed))
+        engine = EngineClient(channel)
+        speed = await measured_speed(engine) if real else SCRIPTED
+        bench = Bench(stack.server.port, engine, rng, speed)
         found = {case: await run_case(bench, case, trials) for case in CASES}
         left = await settled(bench)
+    return report(found, speed, left, "0.5B-shaped Q8_0 model" if real else "scripted engine")
+
+
+def report(found: dict[Case, list[float]], speed: Speed, left: int, engine: str) -> Report:
+    """The table and the claims."""
     result = Report("cancel")
+    trials = min(map(len, found.values()))
     result.notes.append(
-        f"scripted engine: {STEP_MS:.0f} ms a step, {PREFILL_MS_PER_TOKEN} ms a prompt token, chunks of {CHUNK_TOKENS}; "
-        f"{trials} trials each, seed {seed}"
+        f"{engine}: {speed.step_ms:.0f} ms a step ({speed.loaded_step_ms:.0f} ms beside {LOAD_STREAMS} streams), "
+        f"{speed.chunk_ms:.0f} ms a chunk of {CHUNK_TOKENS} prompt tokens; {trials} trials each"
     )
     rows = tuple(
         (
             case.name,
-            *(f"{percentile(found[case], share):.1f}" for share in (0.5, 0.9, 0.99)),
-            f"{max(found[case]):.1f}",
-            f"{case.bound_ms:.0f}",
+            *(f"{percentile(times, share):.1f}" for share in (0.5, 0.9, 0.99)),
+            f"{max(times):.1f}",
+            f"{case.bound_ms(speed):.0f}",
         )
-        for case in CASES
+        for case, times in found.items()
     )
     columns = ("client leaves", "p50", "p90", "p99", "max", "bound")
     result.tables.append(Table("until the sequence is free, ms", columns, rows))
     result.claims += [
-        ceiling(f"{case.name}, p99", percentile(found[case], 0.99), case.bound_ms, "ms")
-        for case in CASES
+        ceiling(f"{case.name}, p99", percentile(times, 0.99), case.bound_ms(speed), "ms")
+        for case, times in found.items()
     ]
     result.claims.append(ceiling("requests and sequences left at the end", left, 0))
     return result
@@ -235,12 +279,13 @@ def main() -> int:
     parser = arguments("cancel", __doc__)
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    source = (
-        f"scripted:?step_ms={STEP_MS:g}&prefill_ms_per_token={PREFILL_MS_PER_TOKEN:g}&context=16384"
+    parser.add_argument(
+        "--real", action="store_true", help="with llama.cpp and a 0.5B-shaped model"
     )
+    args = parser.parse_args()
+    source = str(model_files.ensure("qwen-0.5b")) if args.real else SCRIPT
     with contestants.caravan([f"{MODEL}={source}"]) as stack:
-        result = asyncio.run(run(stack, args.trials, args.seed))
+        result = asyncio.run(run(stack, args.trials, args.seed, real=args.real))
     return finish(result, args.json)
 
 

@@ -1,0 +1,1 @@
+"""The KV cache of an engine: keys, block files, the RAM tier, publication, and the session with the cache service."""

@@ -1,0 +1,98 @@
+"""What the decode side needs of the KV cache: find blocks for a prompt, keep new ones. tiered_store.py implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Protocol
+
+from services.engine.kv.keys import Namespace
+
+
+class SaveReason(IntEnum):
+    """Why a block was saved; numbers as in the contract and in the files (S2.9)."""
+
+    UNSPECIFIED = 0
+    COLD = 1
+    CONTINUED = 2
+    EVICT = 3
+    SHUTDOWN = 4
+    FINISH = 5
+
+
+class Source(Enum):
+    """Where a block was found."""
+
+    RAM = "ram"
+    RAM_FILE = "ram_file"
+    DISK = "disk"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class SavedBlock:
+    """A block to keep: the KV state of the tokens [start, end) of a sequence.
+
+    `key` is the key of tokens [0, end), `parent` that of [0, start). `partial` says that the block may be used in part
+    (an answer's tail, or the block in which a prompt ended). `state` is never changed afterwards.
+    """
+
+    key: bytes
+    parent: bytes
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+    partial: bool
+    reason: SaveReason
+    state: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBlock:
+    """A block that can be restored.
+
+    Tokens [start, end) may be used; `state` restores [start, whole_end), of which a partial match uses the front only.
+    """
+
+    start: int
+    end: int
+    whole_end: int
+    state: memoryview
+    source: Source
+
+
+class BlockStore(Protocol):
+    """Finds and keeps blocks. An optimisation: whatever fails costs time, never a request (I7)."""
+
+    namespace: Namespace
+    """The namespace of the model, without a tenant's salt."""
+
+    async def find(
+        self,
+        prompt: Sequence[int],
+        keys: Sequence[bytes],
+        have: int,
+        *,
+        namespace: Namespace,
+        parent_key: bytes = b"",
+    ) -> list[FoundBlock]:
+        """The chain of blocks of `prompt` from block `have` on, checked and in memory; [] means cold. On the event loop.
+
+        `keys` are block_keys(namespace, prompt); `have` counts the leading full blocks that are resident. With
+        `parent_key`, a save of it that is in flight is waited for, 500 ms at most (S2.31). The blocks may cover the whole
+        prompt. Never raises except CancelledError; its time is bounded.
+        """
+        ...
+
+    def save(self, block: SavedBlock) -> bool:
+        """Keeps a block. Any thread, never blocks. False where it was dropped because a queue was full; it is counted."""
+        ...
+
+    def holds(self, key: bytes) -> bool:
+        """Whether packing the block again would be wasted: it is in RAM, published, or being saved. Any thread, cheap."""
+        ...
+
+    def bad(self, key: bytes) -> None:
+        """llama.cpp refused this state: withdraw the block everywhere. Any thread."""
+        ...

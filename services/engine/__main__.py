@@ -6,11 +6,11 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Mapping
 
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc
 from caravan.engine.v1 import engine_service_pb2, engine_service_pb2_grpc
 
+from services.engine.block_cache import BlockCache, check_roots
 from services.engine.decoder import Decoder
 from services.engine.engine import Engine, Identity
 from services.engine.inflight import InflightTable
@@ -20,23 +20,19 @@ from services.engine.membership import Membership
 from services.engine.metrics import EngineMetrics
 from services.engine.servicer import EngineServicer
 from services.engine.settings import EngineSettings, prepare_threads
-from services.runtime import logs
 from services.runtime.channel import open_channel
 from services.runtime.clock import SystemClock, random_id, random_seed
-from services.runtime.server import (
-    PortTakenError,
-    ServiceServer,
-    cancel_all,
-    start_metrics,
-    wait_for_stop,
-)
-from services.runtime.settings import SettingsError, load
+from services.runtime.process import run_process
+from services.runtime.server import ServiceServer, cancel_all, start_metrics, wait_for_stop
+from services.runtime.settings import SettingsError
 from services.runtime.telemetry import open_tracing
 
 _LOG = logging.getLogger("engine")
 _SERVICE = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 _RETRY_AFTER_S = 1.0
 _STEP_PATIENCE_S = 5.0
+# What was saved last is still to be written when an engine stops.
+_WRITE_PATIENCE_S = 5.0
 
 
 def build_engine(settings: EngineSettings, metrics: EngineMetrics) -> Engine:
@@ -64,7 +60,22 @@ def build_engine(settings: EngineSettings, metrics: EngineMetrics) -> Engine:
         new_id=random_id,
         new_seed=random_seed,
         template_seconds=settings.template_seconds,
+        kv_min_tokens=settings.kv_min_tokens,
     )
+
+
+def build_cache(
+    settings: EngineSettings, engine: Engine, address: str, metrics: EngineMetrics
+) -> BlockCache:
+    """The KV cache of an engine that serves at `address`, not yet started."""
+    metrics.watch_store(lambda: engine.store)
+    return BlockCache(
+        settings, engine, address, clock=SystemClock(), new_id=random_id, jitter=_share
+    )
+
+
+def _share() -> float:
+    return random_seed() / 2**32
 
 
 async def _join(settings: EngineSettings, engine: Engine, address: str) -> None:
@@ -75,22 +86,25 @@ async def _join(settings: EngineSettings, engine: Engine, address: str) -> None:
             engine,
             settings.engine_id,
             address,
-            lambda: random_seed() / 2**32,
+            _share,
         )
         engine.on_change = membership.changed
         await membership.run()
 
 
-async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None) -> None:
-    """Runs the engine until SIGTERM, SIGINT or `stopping`."""
+async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None) -> int:
+    """Runs the engine until SIGTERM, SIGINT or `stopping`; returns the exit code."""
     metrics = EngineMetrics()
     tracing = open_tracing("engine", settings.otlp_endpoint)
     engine = build_engine(settings, metrics)
+    await check_roots(settings, random_id)
     server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
     servicer = EngineServicer(engine, SystemClock(), tracing)
     engine_service_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
     port = await server.start()
     start_metrics(settings.metrics_address, metrics.registry)
+    address = f"{settings.address.rpartition(':')[0]}:{port}"
+    cache = build_cache(settings, engine, address, metrics)
     background: list[asyncio.Task[None]] = []
     serving: set[asyncio.Task[None]] = set()
 
@@ -100,9 +114,9 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
 
     engine.on_ready = ready
     if settings.coordinator:
-        host = settings.address.rpartition(":")[0]
-        background.append(asyncio.create_task(_join(settings, engine, f"{host}:{port}")))
+        background.append(asyncio.create_task(_join(settings, engine, address)))
     engine.start()
+    cache.start()
     _LOG.info("listening on port %d, loading %s", port, settings.model.path)
     try:
         await wait_for_stop(stopping)
@@ -113,21 +127,18 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
         await cancel_all([*background, *serving])
         if not await engine.stop(_STEP_PATIENCE_S):
             _LOG.warning("the last decode did not end in %g s", _STEP_PATIENCE_S)
+        await cache.close(_WRITE_PATIENCE_S)
         tracing.shutdown()
-
-
-def main(environ: Mapping[str, str]) -> int:
-    """Returns the exit code: 0 after a clean stop, 2 for wrong settings or a taken port."""
-    try:
-        settings = load(EngineSettings, environ)
-        prepare_threads(settings, os.environ)
-        logs.configure("engine", settings.log_level)
-        asyncio.run(serve(settings))
-    except (SettingsError, PortTakenError) as error:
-        print(error, file=sys.stderr)
-        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(os.environ))
+    sys.exit(
+        run_process(
+            "engine",
+            EngineSettings,
+            serve,
+            os.environ,
+            before=lambda settings: prepare_threads(settings, os.environ),
+        )
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import numpy as np
@@ -26,9 +27,22 @@ class Batch:
     outputs: list[int]
 
 
+class CacheSupport(IntEnum):
+    """How the KV state of a model can be cached; the numbers are those of engine.v1.CacheSupport."""
+
+    BLOCKS = 1
+    WHOLE = 2
+    OFF = 3
+
+
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is fixed once a model is loaded. Sizes are in tokens, except `weight_bytes`."""
+    """What is fixed once a model is loaded. Sizes are in tokens, except those in bytes.
+
+    `quant` names the type of the weights, such as "q8_0". `context_identity` is all that a KV state depends on besides the
+    model file and the tokens. `cache_note` says why the state is not cached in blocks, "" if it is. `cell_bytes` is what
+    packing one token takes, about.
+    """
 
     description: str
     context_tokens: int
@@ -40,6 +54,11 @@ class ModelFacts:
     chat_template: str | None
     bos_text: str
     eos_text: str
+    quant: str
+    context_identity: Mapping[str, str]
+    cache_support: CacheSupport
+    cache_note: str
+    cell_bytes: int
 
 
 class DecodeError(Exception):
@@ -48,6 +67,10 @@ class DecodeError(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class StateError(Exception):
+    """A KV state was refused: it is damaged, of another model, or has no room. Nothing has changed."""
 
 
 class ModelError(Exception):
@@ -132,6 +155,26 @@ class Backend(Protocol):
 
     def clear(self, slot: int) -> None:
         """Forgets the KV of a sequence."""
+        ...
+
+    def cut(self, slot: int, end: int) -> None:
+        """Forgets the KV of a sequence from token `end` on."""
+        ...
+
+    def share(self, source: int, target: int, end: int) -> None:
+        """Lets the empty sequence `target` hold the first `end` tokens of `source` too. Nothing is copied."""
+        ...
+
+    def pack(self, slot: int, start: int, end: int) -> memoryview:
+        """The state of tokens [start, end) of a sequence, in memory of its own. Raises StateError."""
+        ...
+
+    def join(self, slot: int, state: memoryview, start: int, end: int, whole_end: int) -> None:
+        """Restores tokens [start, end) of a sequence, which holds exactly those before `start`.
+
+        `state` was packed from a sequence with the same tokens; it holds those from `start` or earlier to `whole_end`.
+        Takes free cells for all of the state while it runs. Raises StateError.
+        """
         ...
 
     def close(self) -> None:

@@ -14,11 +14,15 @@ from typing import Protocol
 from caravan.core.v1 import generation_pb2
 
 from services.engine.backend import Backend, DecodeError, Loader, ModelError, Progress
+from services.engine.batching import Limits, Step
 from services.engine.inflight import RequestPhase
 from services.engine.job import Job
+from services.engine.job_memory import JobMemory
+from services.engine.kv.keys import BLOCK_TOKENS
+from services.engine.kv.store import BlockStore, SaveReason
 from services.engine.mailbox import Mailbox
 from services.engine.sampling import logprobs
-from services.engine.scheduler import Limits, QueueFullError, Scheduler, Step, TooLargeError
+from services.engine.scheduler import QueueFullError, Scheduler, TooLargeError
 from services.engine.tool_calls import Parsed
 from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
@@ -40,13 +44,25 @@ class StepObserver(Protocol):
         """A batch was decoded."""
         ...
 
-    def admitted(self, queue_s: float) -> None:
-        """A request left the queue."""
+    def admitted(self, job: Job, queue_s: float) -> None:
+        """A request left the queue; what it reuses is known."""
+        ...
+
+    def restored(self, seconds: float) -> None:
+        """A piece of saved state was joined."""
+        ...
+
+    def refused(self) -> None:
+        """llama.cpp did not take a piece of saved state."""
+        ...
+
+    def packed(self, seconds: float, reason: SaveReason) -> None:
+        """A block was packed to be saved."""
         ...
 
 
 class Decoder:
-    """Runs jobs. `submit`, `cancel`, `drop` and `stop` may be called from any thread."""
+    """Runs jobs. `submit`, `cancel`, `attach`, `end_session` and `stop` may be called from any thread."""
 
     def __init__(
         self,
@@ -65,12 +81,18 @@ class Decoder:
         self._thread = threading.Thread(target=self._main, name="decode", daemon=True)
         self._stopping = False
         self._backend: Backend
+        self._memory: JobMemory
         self.scheduler: Scheduler[Job]
         self.on_progress: Progress = lambda _share: None
         self.on_ready: Callable[[Backend], None] = lambda _backend: None
         self.on_failed: Callable[[Exception], None] = lambda _error: None
         self.on_phase: Callable[[object], None] = lambda _busy: None
         self.generated = 0
+        self.last_hit: tuple[generation_pb2.CacheHit.ValueType, int] = (
+            generation_pb2.CACHE_HIT_UNSPECIFIED,
+            0,
+        )
+        """Where the prompt that was admitted last came from, and how many tokens of it; replaced as a whole."""
         self._busy = (False, False)
         self._loaded = False
 
@@ -90,6 +112,14 @@ class Decoder:
     def cancel(self, job: Job) -> None:
         """Ends a job as cancelled, at the next step. Harmless if it has ended."""
         self._inbox.put(lambda: self._cancel(job))
+
+    def attach(self, store: BlockStore) -> None:
+        """From now on blocks are saved into this store."""
+        self._inbox.put(lambda: self._memory.attach(store))
+
+    def end_session(self, session_id: str, told: Callable[[bool], None]) -> None:
+        """Lets go of what is kept in cells for a session; `told` hears on the loop whether there was something."""
+        self._inbox.put(lambda: self._mailbox.post(told, self.scheduler.end_session(session_id)))
 
     def stop(self) -> None:
         """Ends the thread after the step that runs; jobs that are left end as cancelled."""
@@ -113,7 +143,8 @@ class Decoder:
             self._tell(self.on_failed, error)
             return
         self._backend = backend
-        self.scheduler = Scheduler(self._make_limits(backend))
+        self._memory = JobMemory(backend, self._clock, self._observer)
+        self.scheduler = Scheduler(self._make_limits(backend), self._memory)
         self._loaded = True
         self._tell(self.on_ready, backend)
         try:
@@ -139,7 +170,7 @@ class Decoder:
     def _loop(self) -> None:
         while not self._stopping:
             self._take_inbox()
-            step = self.scheduler.next_step()
+            step = self.scheduler.plan(self._clock.monotonic())
             if step is not None:
                 try:
                     self._run(step)
@@ -148,9 +179,12 @@ class Decoder:
                     _LOG.exception("a step failed")
                     self._fail_step(step, _defect())
             self._watch_phase()
+            # Tokens go out first; saving is nobody's wait.
             self._mailbox.flush()
+            self._memory.save_some(rows=self.scheduler.decoding > 0, idle=self.scheduler.idle)
         for job in self.scheduler.owners():
-            self._finish(job, CANCELLED)
+            self._finish(job, CANCELLED, SaveReason.SHUTDOWN)
+        self._memory.save_all()
 
     def _watch_phase(self) -> None:
         busy = (self.scheduler.prefilling > 0, self.scheduler.decoding > 0)
@@ -159,7 +193,7 @@ class Decoder:
             self._mailbox.post(self.on_phase, busy)
 
     def _take_inbox(self) -> None:
-        if self.scheduler.idle:
+        if self.scheduler.idle and not self._memory.saves_pending:
             self._inbox.get()()
         while True:
             try:
@@ -177,7 +211,7 @@ class Decoder:
         try:
             if not job.work.sampling.greedy:
                 job.sampler = self._backend.sampler(job.work.sampling)
-            self.scheduler.submit(job.sequence)
+            self.scheduler.submit(job.sequence, self._clock.monotonic())
         except QueueFullError:
             self._fail(
                 job, CaravanError("CAPACITY_EXHAUSTED", "The engine is full.", retry_after_s=1)
@@ -204,19 +238,20 @@ class Decoder:
             self._decode_failed(step, error)
             return
         self.scheduler.computed(step)
-        self._sample(step)
+        generated = self._sample(step)
         seconds = self._clock.monotonic() - started
-        self.generated += len(step.sampled)
-        self._observer.stepped(seconds, step.prefill_tokens, len(step.sampled))
+        self.generated += generated
+        self._observer.stepped(seconds, step.prefill_tokens, generated)
 
     def _mark_prefill(self, step: Step[Job], now: float) -> None:
         for sequence, _count in step.spans:
             job = sequence.owner
             if job.prefill_at is None:
-                job.prefill_at = now
+                job.started(now)
                 job.inflight.phase = RequestPhase.PREFILLING
-                self._observer.admitted(now - job.inflight.arrived)
-                self._mailbox.post(job.inflight.outbox.start)
+                self.last_hit = (job.cache_hit, job.cached_tokens)
+                self._observer.admitted(job, now - job.inflight.arrived)
+                self._mailbox.post(job.inflight.outbox.start, job.cached_tokens, job.cache_hit)
 
     def _decode_failed(self, step: Step[Job], error: DecodeError) -> None:
         failure = CaravanError(
@@ -234,15 +269,20 @@ class Decoder:
         for sequence, _count in step.spans:
             self._fail(sequence.owner, error)
 
-    def _sample(self, step: Step[Job]) -> None:
+    def _sample(self, step: Step[Job]) -> int:
+        """Chooses a token for each sequence that is due one; returns how many were chosen."""
         if not step.sampled:
-            return
+            return 0
+        chosen = 0
         logits = self._backend.logits()
         # One argmax for all rows: a greedy token costs no candidate array. Rows with a sampler ignore theirs.
         greedy = any(sequence.owner.sampler is None for sequence in step.sampled)
         likeliest: list[int] = logits.argmax(axis=1).tolist() if greedy else []
         for output, sequence in enumerate(step.sampled):
             job = sequence.owner
+            if job.work.max_tokens == 0:
+                self._complete(job, LENGTH)
+                continue
             if job.sampler is None:
                 token = likeliest[output]
             else:
@@ -257,8 +297,13 @@ class Decoder:
             if job.first_token_at is None:
                 job.first_token_at = self._clock.monotonic()
                 job.inflight.phase = RequestPhase.GENERATING
+                self._memory.offer(job)
+            elif sequence.computed % BLOCK_TOKENS == 0:
+                self._memory.offer(job)
+            chosen += 1
             sequence.tokens.append(token)
             self._accept(job, token, scores)
+        return chosen
 
     def _accept(self, job: Job, token: int, scores: object) -> None:
         inflight, work = job.inflight, job.work
@@ -285,25 +330,25 @@ class Decoder:
         if rest.text or rest.calls:
             self._mailbox.post(job.inflight.outbox.add, None, rest.text, rest.calls, None)
 
-    def _finish(self, job: Job, reason: int) -> None:
+    def _finish(self, job: Job, reason: int, save_reason: SaveReason = SaveReason.FINISH) -> None:
         if reason == LENGTH and job.answer.stop_text:
             reason = STOP
         if reason == STOP and job.answer.called_tools:
             reason = TOOL_CALLS
-        self._release(job)
+        self._memory.finish(job, save_reason)
         ending = job.ending(reason, self._clock.monotonic())
         self._mailbox.post(job.inflight.outbox.end, ending)
+        self._release(job, keep=True)
 
     def _fail(self, job: Job, error: CaravanError) -> None:
         if not job.ended:
-            self._release(job)
+            self._memory.forget(job)
+            self._release(job, keep=False)
             self._mailbox.post(job.inflight.outbox.fail, error)
 
-    def _release(self, job: Job) -> None:
+    def _release(self, job: Job, *, keep: bool) -> None:
         job.ended = True
-        slot = self.scheduler.end(job.sequence)
-        if slot is not None:
-            self._backend.clear(slot)
+        self.scheduler.end(job.sequence, self._clock.monotonic(), keep=keep)
         if job.sampler is not None:
             job.sampler.close()
             job.sampler = None

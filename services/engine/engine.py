@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.engine.answer import Answer
-from services.engine.backend import Backend, ModelError
+from services.engine.backend import Backend, ModelError, ModelFacts
 from services.engine.decoder import Decoder
 from services.engine.inflight import Inflight, InflightTable
 from services.engine.job import Job, Work
+from services.engine.kv.keys import BLOCK_TOKENS
+from services.engine.kv.store import FoundBlock
+from services.engine.kv.tiered_store import TieredStore
 from services.engine.preparation import Preparation
 from services.engine.prompt import PromptTokenizer
 from services.engine.rate import Rate
+from services.engine.sequence import longest_common_prefix
 from services.engine.templates import ChatTemplate, TemplateFailedError
 from services.engine.text import StopMatcher
 from services.engine.tool_calls import ToolCallParser
@@ -39,6 +43,14 @@ class Identity:
     model_path: str
 
 
+@dataclass(frozen=True, slots=True)
+class Restorable:
+    """What the store has of a prompt, and the seconds that it took to find."""
+
+    blocks: Sequence[FoundBlock] = ()
+    seconds: float = 0.0
+
+
 class Engine:
     """Lives on the event loop. `start` begins to load; `on_change` is called at each change of phase."""
 
@@ -52,6 +64,7 @@ class Engine:
         new_id: IdSource,
         new_seed: Callable[[], int],
         template_seconds: float,
+        kv_min_tokens: int,
     ) -> None:
         self.identity = identity
         self.inflight = inflight
@@ -62,12 +75,16 @@ class Engine:
         self._new_id = new_id
         self._new_seed = new_seed
         self._template_seconds = template_seconds
+        self._kv_min_tokens = kv_min_tokens
         self._backend: Backend | None = None
         self._preparation: Preparation | None = None
         self._progress = 0.0
         self._failure = ""
         self._draining = False
         self._jobs: dict[Inflight, Job] = {}
+        self._finding: dict[Inflight, asyncio.Future[list[FoundBlock]]] = {}
+        self._store: TieredStore | None = None
+        self._is_loaded = asyncio.Event()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="prepare")
         self._rate = Rate()
 
@@ -110,20 +127,69 @@ class Engine:
             )
         return self.inflight.register(request_id, self._clock.monotonic())
 
-    async def prepare(self, request: pb.GenerateRequest) -> Work:
+    async def loaded(self) -> ModelFacts:
+        """What the model is, once it is loaded; waits for ever if that fails."""
+        await self._is_loaded.wait()
+        assert self._backend is not None
+        return self._backend.facts
+
+    @property
+    def store(self) -> TieredStore | None:
+        """Where blocks are kept; None while there is no such place."""
+        return self._store
+
+    def attach(self, store: TieredStore) -> None:
+        """From now on blocks are looked for and kept in this store."""
+        assert self._preparation is not None
+        self._store = store
+        self._preparation.namespace = store.namespace
+        self._decoder.attach(store)
+
+    async def prepare(self, request: pb.GenerateRequest, *, prefill_only: bool = False) -> Work:
         """Renders and tokenizes on a worker thread. Raises CaravanError."""
         assert self._preparation is not None
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._workers, self._preparation.prepare, request)
+        preparation = self._preparation
+        prepare = preparation.prepare_prefill if prefill_only else preparation.prepare
+        return await loop.run_in_executor(self._workers, prepare, request)
 
-    def submit(self, row: Inflight, work: Work) -> None:
+    async def find(self, row: Inflight, work: Work) -> Restorable:
+        """What the store has of the prompt beyond what the cells hold or are about to. A cancel ends the search."""
+        cache, store = work.cache, self._store
+        if cache.chain is None or store is None or row.cancelled:
+            return Restorable()
+        held = longest_common_prefix(self._decoder.scheduler.known, cache.salt, work.prompt_array)
+        if len(work.prompt) - held <= self._kv_min_tokens:
+            return Restorable()
+        began = self._clock.monotonic()
+        finding = asyncio.ensure_future(
+            store.find(
+                work.prompt,
+                cache.chain.block_keys(),
+                held // BLOCK_TOKENS,
+                namespace=cache.chain.namespace,
+                parent_key=cache.parent_key,
+            )
+        )
+        self._finding[row] = finding
+        try:
+            await asyncio.wait([finding])
+            blocks = [] if finding.cancelled() else finding.result()
+        finally:
+            finding.cancel()
+            del self._finding[row]
+        return Restorable(blocks, self._clock.monotonic() - began)
+
+    def submit(self, row: Inflight, work: Work, found: Restorable) -> None:
         """Hands the work to the decode thread; events come in the row's outbox."""
         row.prompt_tokens = len(work.prompt)
         stops = StopMatcher(work.stops) if work.stops else None
         tools = ToolCallParser(self._new_id) if work.parse_tools else None
-        job = Job(row, work, Answer(stops, tools))
+        job = Job(row, work, Answer(stops, tools), found.blocks, found.seconds)
         self._jobs[row] = job
         self._decoder.submit(job)
+        if row.cancelled:
+            self._decoder.cancel(job)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a request as cancelled; says whether it was in flight."""
@@ -131,9 +197,24 @@ class Engine:
         if row is None:
             return False
         row.cancelled = True
+        if row in self._finding:
+            self._finding[row].cancel()
         if row in self._jobs:
             self._decoder.cancel(self._jobs[row])
         return True
+
+    async def end_session(self, session_id: str) -> bool:
+        """Lets go of what the cells keep for a conversation; says whether there was something."""
+        if self._backend is None or self._failure:
+            return False
+        told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def tell(found: bool) -> None:
+            if not told.done():
+                told.set_result(found)
+
+        self._decoder.end_session(session_id, tell)
+        return await told
 
     def release(self, row: Inflight) -> None:
         """The call of the request has ended: its sequence is freed if it still runs."""
@@ -159,6 +240,8 @@ class Engine:
             vocabulary_tokens=facts.vocabulary_tokens,
             max_sequences=facts.max_sequences,
             weight_bytes=facts.weight_bytes,
+            cache_support=facts.cache_support.value,  # type: ignore[arg-type]
+            cache_note=facts.cache_note,
         )
 
     def load(self) -> pb.EngineLoad:
@@ -171,10 +254,15 @@ class Engine:
             load.active_sequences = scheduler.active
             # Requests that are rendered or on their way to the scheduler wait as well (W56).
             load.queued_requests = max(0, self.inflight.depth - scheduler.active)
+            load.swapped_sequences = scheduler.swapped
             load.free_cells = scheduler.free_cells
+            load.resident_cells = scheduler.resident_cells
+            load.last_hit, load.last_hit_tokens = self._decoder.last_hit
             load.tokens_per_second = self._rate.sample(
                 self._clock.monotonic(), self._decoder.generated
             )
+        if self._store is not None:
+            load.ram_bytes = self._store.ram_bytes
         return load
 
     def _phase(self) -> pb.EnginePhase.ValueType:
@@ -210,8 +298,9 @@ class Engine:
             return
         tokenizer = PromptTokenizer(backend.vocabulary, template)
         self._backend = backend
-        self._preparation = Preparation(backend, tokenizer, self._new_seed)
+        self._preparation = Preparation(backend, tokenizer, self._new_seed, self._kv_min_tokens)
         self._progress = 1.0
+        self._is_loaded.set()
         self.on_ready()
         self.on_change()
 

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Blocks
 from dataclasses import dataclass
+
+from caravan.core.v1 import generation_pb2
 
 from services.engine.answer import Answer
 from services.engine.backend import TokenSampler
 from services.engine.inflight import Inflight
+from services.engine.key_chain import KeyChain
+from services.engine.kv.store import FoundBlock
 from services.engine.outbox import Ending
 from services.engine.sampling import SamplingSpec
-from services.engine.scheduler import Sequence
+from services.engine.saving import Saving
+from services.engine.sequence import Piece, Sequence, TokenArray
+
+COLD = generation_pb2.CACHE_HIT_COLD
+PARTIAL = generation_pb2.CACHE_HIT_PARTIAL
+EXACT = generation_pb2.CACHE_HIT_EXACT
+RESIDENT = generation_pb2.CACHE_HIT_RESIDENT
+
+
+@dataclass(frozen=True, slots=True)
+class CacheUse:
+    """What a request wants of the KV cache: the validated core.v1.CacheOptions.
+
+    `sharable` says that state in the cells may be shared; `chain` holds the keys if there is a store, and is None if blocks
+    are neither looked for nor saved.
+    """
+
+    sharable: bool
+    salt: bytes
+    session_id: str
+    parent_key: bytes
+    chain: KeyChain | None
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """A request that was validated, rendered and tokenized.
 
-    `max_tokens` is what the context leaves at most; `top_logprobs` is None for no log probabilities.
+    `max_tokens` is what the context leaves at most, 0 for a prompt that is only computed; `top_logprobs` is None for no log
+    probabilities. `prompt_array` is the prompt again, for comparing.
     """
 
     prompt: list[int]
+    prompt_array: TokenArray
     max_tokens: int
     sampling: SamplingSpec
     stops: tuple[str, ...]
     ignore_eos: bool
     top_logprobs: int | None
     parse_tools: bool
+    cache: CacheUse
 
 
 class Job:
@@ -33,26 +62,70 @@ class Job:
 
     __slots__ = (
         "answer",
+        "cache_hit",
+        "cached_tokens",
+        "chain",
         "ended",
+        "finish_key",
         "first_token_at",
         "inflight",
         "prefill_at",
         "push_plain",
+        "restore_s",
         "sampler",
+        "saving",
         "sequence",
         "work",
     )
 
-    def __init__(self, inflight: Inflight, work: Work, answer: Answer) -> None:
+    def __init__(
+        self,
+        inflight: Inflight,
+        work: Work,
+        answer: Answer,
+        found: Blocks[FoundBlock] = (),
+        restore_s: float = 0.0,
+    ) -> None:
         self.inflight = inflight
         self.work = work
         self.answer = answer
         self.push_plain = answer.push_plain if answer.plain else None
-        self.sequence: Sequence[Job] = Sequence(self, work.prompt, work.max_tokens)
+        self.sequence: Sequence[Job] = Sequence(
+            self,
+            work.prompt,
+            work.max_tokens,
+            prompt_array=work.prompt_array,
+            sharable=work.cache.sharable,
+            salt=work.cache.salt,
+            session_id=work.cache.session_id,
+        )
+        self.sequence.pieces.extend(
+            Piece(block.start, block.end, block.whole_end, block.state, saved=True)
+            for block in found
+        )
+        self.chain = work.cache.chain
+        self.saving: Saving | None = None
+        if self.chain is not None:
+            self.saving = Saving(self.chain, self.sequence.tokens, len(work.prompt))
         self.sampler: TokenSampler | None = None
         self.prefill_at: float | None = None
         self.first_token_at: float | None = None
+        self.restore_s = restore_s
+        self.cached_tokens = 0
+        self.cache_hit: generation_pb2.CacheHit.ValueType = COLD
+        self.finish_key = b""
         self.ended = False
+
+    def started(self, now: float) -> None:
+        """The first batch with tokens of it begins: what was reused is known."""
+        self.prefill_at = now
+        sequence = self.sequence
+        self.cached_tokens = sequence.computed
+        if sequence.restored_tokens:
+            whole = sequence.computed >= sequence.prompt_length - 1
+            self.cache_hit = EXACT if whole else PARTIAL
+        elif sequence.computed:
+            self.cache_hit = RESIDENT
 
     def ending(self, reason: int, now: float) -> Ending:
         """How the answer ended, at `now`."""
@@ -66,4 +139,8 @@ class Job:
             queue_s=prefill_at - self.inflight.arrived,
             prefill_s=first_token_at - prefill_at,
             decode_s=now - first_token_at,
+            cached_tokens=self.cached_tokens,
+            cache_hit=self.cache_hit,
+            restore_s=self.restore_s,
+            finish_key=self.finish_key,
         )

@@ -13,7 +13,7 @@ from typing import Any, Final
 import llama_cpp
 import numpy as np
 
-from services.engine.backend import Batch, DecodeError, Logits, ModelFacts
+from services.engine.backend import Batch, DecodeError, Logits, ModelFacts, StateError
 from services.engine.llama_sampler import LlamaSampler, check_grammar
 from services.engine.sampling import SamplingSpec
 
@@ -112,6 +112,8 @@ class LlamaBackend:
         facts: ModelFacts,
         vocabulary: LlamaVocabulary,
         threads: ThreadChoice,
+        *,
+        scratch: int,
     ) -> None:
         self._thread = threading.get_ident()
         self._model = model
@@ -120,6 +122,8 @@ class LlamaBackend:
         self._vocabulary = vocabulary
         self._threads = threads
         self._threads_set = 0
+        # A sequence of its own, in which state is cut out and put together; empty between calls.
+        self._scratch = scratch
         self._memory = llama_cpp.llama_get_memory(context)
         self._outputs: list[int] = []
         self._views: dict[tuple[int, int], Logits] = {}
@@ -198,11 +202,54 @@ class LlamaBackend:
 
     def clear(self, slot: int) -> None:
         """Frees the cells of a sequence."""
+        self.cut(slot, 0)
+
+    def cut(self, slot: int, end: int) -> None:
+        """Frees the cells of a sequence from token `end` on."""
         self._check_thread()
-        llama_cpp.llama_memory_seq_rm(self._memory, slot, -1, -1)
+        llama_cpp.llama_memory_seq_rm(self._memory, slot, end, -1)
+
+    def share(self, source: int, target: int, end: int) -> None:
+        """Marks cells as held by a second sequence."""
+        self._check_thread()
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, end)
+
+    def pack(self, slot: int, start: int, end: int) -> memoryview:
+        """The state of tokens [start, end), which for a moment are a sequence of their own."""
+        self._check_thread()
+        llama_cpp.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
+        try:
+            size = llama_cpp.llama_state_seq_get_size(self._context, self._scratch)
+            state = np.empty(size, np.uint8)
+            written = llama_cpp.llama_state_seq_get_data(
+                self._context, _bytes_pointer(state), size, self._scratch
+            )
+        finally:
+            self.clear(self._scratch)
+        if written != size:
+            raise StateError(f"llama.cpp wrote {written} of {size} bytes")
+        return memoryview(state.data)
+
+    def join(self, slot: int, state: memoryview, start: int, end: int, whole_end: int) -> None:
+        """Restores tokens [start, end): all of the state into the scratch sequence, and from there what is wanted."""
+        self._check_thread()
+        data = np.frombuffer(state, np.uint8)
+        try:
+            read = llama_cpp.llama_state_seq_set_data(
+                self._context, _bytes_pointer(data), len(data), self._scratch
+            )
+            first = llama_cpp.llama_memory_seq_pos_min(self._memory, self._scratch)
+            # Positions stand in the state: cells of other tokens must not get into this sequence.
+            if read != len(data) or not 0 <= first <= start:
+                raise StateError("llama.cpp does not take the state")
+            if self.held_positions(self._scratch) != whole_end:
+                raise StateError("the state is not of these tokens")
+            llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
+        finally:
+            self.clear(self._scratch)
 
     def held_positions(self, slot: int) -> int:
-        """How many positions the KV of a sequence holds; for tests and checks."""
+        """How many positions the KV of a sequence holds."""
         self._check_thread()
         return int(llama_cpp.llama_memory_seq_pos_max(self._memory, slot)) + 1
 
@@ -220,8 +267,19 @@ class LlamaBackend:
         assert threading.get_ident() == self._thread, "llama.cpp is called from its own thread only"
 
 
+def _bytes_pointer(data: Any) -> Pointer:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
 def model_text(read: Callable[[Any, int], int]) -> str:
     """Text that a function of llama.cpp writes into a buffer of a given size; "" where it has none."""
     buffer = ctypes.create_string_buffer(_TEXT_BYTES)
     count = read(buffer, _TEXT_BYTES)
     return buffer.value.decode(errors="replace") if count > 0 else ""
+
+
+def model_meta(model: Pointer, key: str) -> str:
+    """A value of the model file as text; "" where it has none."""
+    return model_text(
+        lambda buffer, size: llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, size)
+    )

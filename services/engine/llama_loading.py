@@ -10,7 +10,8 @@ from typing import Any, Final
 import llama_cpp
 
 from services.engine.backend import Batch, Loader, ModelError, ModelFacts, Progress
-from services.engine.llama import LlamaBackend, LlamaVocabulary, model_text
+from services.engine.llama import LlamaBackend, LlamaVocabulary, model_meta, model_text
+from services.engine.llama_state import cache_support, context_identity, quant_name
 from services.engine.settings import EngineSettings, physical_cores
 from services.engine.threads import thread_choice
 
@@ -89,7 +90,12 @@ def _load(settings: EngineSettings, progress: Progress) -> LlamaBackend:
     vocabulary = LlamaVocabulary(llama_cpp.llama_model_get_vocab(model))
     facts = _facts(model, vocabulary, shape, settings)
     backend = LlamaBackend(
-        model, context, facts, vocabulary, thread_choice(settings.threads, facts.weight_bytes)
+        model,
+        context,
+        facts,
+        vocabulary,
+        thread_choice(settings.threads, facts.weight_bytes),
+        scratch=settings.slots,
     )
     # The first decode touches every weight and makes the compute buffers: nobody's request should wait for that.
     backend.decode(Batch([vocabulary.bos_token or 0], [0], [0], [0]))
@@ -124,10 +130,13 @@ def _load_model(path: Path, progress: Progress) -> Any:
 
 
 def _check_kind(model: Any) -> None:
-    architecture = _meta(model, "general.architecture")
+    architecture = model_meta(model, "general.architecture")
     if llama_cpp.llama_model_has_encoder(model) or not llama_cpp.llama_model_has_decoder(model):
         raise ModelError(f"models with an encoder are not served ({architecture})")
-    if architecture in _EMBEDDERS or _meta(model, f"{architecture}.attention.causal") == "false":
+    if (
+        architecture in _EMBEDDERS
+        or model_meta(model, f"{architecture}.attention.causal") == "false"
+    ):
         raise ModelError(f"the model makes embeddings, not text ({architecture})")
     if llama_cpp.llama_model_is_diffusion(model):
         raise ModelError(f"diffusion models are not served ({architecture})")
@@ -149,11 +158,11 @@ def _shape(model: Any, settings: EngineSettings) -> _Shape:
 
 def _cell_bytes(model: Any) -> int:
     """Bytes of one token's keys and values in f16; of attention layers, so an upper bound for hybrid models."""
-    architecture = _meta(model, "general.architecture")
+    architecture = model_meta(model, "general.architecture")
     heads = max(1, int(llama_cpp.llama_model_n_head(model)))
     head_size = int(llama_cpp.llama_model_n_embd(model)) // heads
-    key = int(_meta(model, f"{architecture}.attention.key_length") or head_size)
-    value = int(_meta(model, f"{architecture}.attention.value_length") or head_size)
+    key = int(model_meta(model, f"{architecture}.attention.key_length") or head_size)
+    value = int(model_meta(model, f"{architecture}.attention.value_length") or head_size)
     groups = max(1, int(llama_cpp.llama_model_n_head_kv(model)))
     return max(1, int(llama_cpp.llama_model_n_layer(model)) * groups * (key + value) * 2)
 
@@ -163,9 +172,11 @@ def _make_context(model: Any, shape: _Shape, settings: EngineSettings) -> Any:
     parameters.n_ctx = shape.cells
     parameters.n_batch = settings.batch_tokens
     parameters.n_ubatch = settings.batch_tokens
-    parameters.n_seq_max = settings.max_sequences
-    # One row of logits per sequence and batch; without this, compute buffers hold one for every token.
-    parameters.n_outputs_max = settings.max_sequences
+    # One more than there are slots, in which state is cut out and put together.
+    parameters.n_seq_max = settings.slots + 1
+    # One row of logits per sequence and batch; without this, compute buffers hold one for every token. llama.cpp takes no
+    # less than n_seq_max.
+    parameters.n_outputs_max = settings.slots + 1
     parameters.kv_unified = True
     parameters.n_threads = settings.threads or physical_cores()
     parameters.n_threads_batch = parameters.n_threads
@@ -183,6 +194,7 @@ def _facts(
 ) -> ModelFacts:
     vocab = vocabulary.pointer
     template: bytes | None = llama_cpp.llama_model_chat_template(model, None)
+    support, note = cache_support(model)
     return ModelFacts(
         description=_description(model),
         context_tokens=shape.context_tokens,
@@ -194,14 +206,13 @@ def _facts(
         chat_template=template.decode(errors="replace") if template else None,
         bos_text=vocabulary.text(llama_cpp.llama_vocab_bos(vocab)),
         eos_text=vocabulary.text(llama_cpp.llama_vocab_eos(vocab)),
+        quant=quant_name(model),
+        context_identity=context_identity(model),
+        cache_support=support,
+        cache_note=note,
+        cell_bytes=_cell_bytes(model),
     )
 
 
 def _description(model: Any) -> str:
     return model_text(lambda buffer, size: llama_cpp.llama_model_desc(model, buffer, size))
-
-
-def _meta(model: Any, key: str) -> str:
-    return model_text(
-        lambda buffer, size: llama_cpp.llama_model_meta_val_str(model, key.encode(), buffer, size)
-    )

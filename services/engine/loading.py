@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from services.engine.backend import Backend, Loader, Progress
-from services.engine.scheduler import Limits
+from services.engine.batching import Limits
+from services.engine.kv.keys import BLOCK_TOKENS
 from services.engine.scripted import PREFIX, Script, ScriptedBackend, ScriptedShape
 from services.engine.settings import EngineSettings
-
-BLOCK_TOKENS = 256
 
 
 def loader(settings: EngineSettings) -> Loader:
@@ -24,7 +23,11 @@ def loader(settings: EngineSettings) -> Loader:
 
 def _scripted(script: Script, settings: EngineSettings) -> Loader:
     shape = ScriptedShape(
-        settings.max_sequences, settings.context_tokens, settings.cells, settings.batch_tokens
+        settings.max_sequences,
+        settings.context_tokens,
+        settings.cells,
+        settings.batch_tokens,
+        settings.slots - settings.max_sequences,
     )
 
     def load(progress: Progress) -> Backend:
@@ -37,13 +40,20 @@ def limits(settings: EngineSettings) -> Callable[[Backend], Limits]:
     """The limits of a loaded model's scheduler."""
 
     def make(backend: Backend) -> Limits:
+        facts = backend.facts
+        resident_cells = settings.resident_cells or max(facts.cells // 8, facts.context_tokens)
         return Limits(
-            max_sequences=backend.facts.max_sequences,
-            cells=backend.facts.cells,
+            max_sequences=facts.max_sequences,
+            cells=facts.cells,
             batch_tokens=settings.batch_tokens,
             block_tokens=BLOCK_TOKENS,
             chunk_tokens=settings.chunk_tokens,
             max_waiting=settings.max_waiting,
+            min_shared=settings.kv_min_tokens,
+            residents=settings.slots - facts.max_sequences,
+            resident_cells=resident_cells,
+            session_s=settings.session_seconds,
+            swap_bytes=settings.swap_bytes,
         )
 
     return make

@@ -13,7 +13,11 @@ from services.runtime.errors import CaravanError
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an answer ended: a FinishReason, the stop text that was met, token counts, and times in seconds."""
+    """How an answer ended: a FinishReason, the stop text that was met, token counts, and times in seconds.
+
+    `cached_tokens` of the prompt were reused, from where `cache_hit` (a CacheHit) says; `finish_key` is the key of the state
+    that is kept, b"" if none is.
+    """
 
     reason: int
     stop_text: str
@@ -22,16 +26,23 @@ class Ending:
     queue_s: float
     prefill_s: float
     decode_s: float
+    cached_tokens: int = 0
+    cache_hit: int = 0
+    restore_s: float = 0.0
+    finish_key: bytes = b""
 
 
 @dataclass(slots=True)
 class Update:
     """What became known of a request since the update before.
 
-    `started` and `ending` come once; `error` ends the request instead of `ending`.
+    `started` and `ending` come once; `error` ends the request instead of `ending`. `cached_tokens` and `cache_hit` come with
+    `started`.
     """
 
     started: bool = False
+    cached_tokens: int = 0
+    cache_hit: int = 0
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     calls: list[ParsedCall] = field(default_factory=list)
@@ -58,9 +69,11 @@ class Outbox:
         self._fresh = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def start(self) -> None:
-        """The request was admitted."""
+    def start(self, cached_tokens: int = 0, cache_hit: int = 0) -> None:
+        """The request was admitted; so many tokens of its prompt are reused, from where a CacheHit says."""
         self._pending.started = True
+        self._pending.cached_tokens = cached_tokens
+        self._pending.cache_hit = cache_hit
         self._wake()
 
     def add(

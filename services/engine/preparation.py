@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2
 
-from services.engine.backend import Backend
+from services.engine.backend import Backend, CacheSupport
 from services.engine.grammar import json_grammar, tool_grammar
-from services.engine.job import Work
+from services.engine.job import CacheUse, Work
+from services.engine.key_chain import KeyChain
+from services.engine.kv.keys import KEY_BYTES, Namespace
 from services.engine.prompt import PromptTokenizer, tool_parameters
 from services.engine.sampling import TOP_LOGPROBS_MAX, SamplingSpec, parse_sampling
 from services.runtime.errors import CaravanError
@@ -19,6 +22,8 @@ from services.runtime.errors import CaravanError
 STOPS_MAX: Final = 16
 STOP_BYTES_MAX: Final = 256
 REQUEST_ID_BYTES_MAX: Final = 128
+SESSION_ID_BYTES_MAX: Final = 128
+SALT_BYTES_MAX: Final = 256
 _REQUIRING: Final = frozenset({chat_pb2.ToolChoice.MODE_REQUIRED, chat_pb2.ToolChoice.MODE_NAMED})
 
 
@@ -28,12 +33,25 @@ def check_request_id(request_id: str) -> None:
         raise _invalid("request_id", f"The request id must have 1 to {REQUEST_ID_BYTES_MAX} bytes.")
 
 
+def check_session_id(session_id: str, param: str) -> None:
+    """Raises INVALID_VALUE."""
+    if len(session_id.encode()) > SESSION_ID_BYTES_MAX:
+        raise _invalid(param, f"The session id has at most {SESSION_ID_BYTES_MAX} bytes.")
+
+
 class Preparation:
     """Prepares requests for one loaded model. `prepare` runs on worker threads: it takes milliseconds."""
 
     def __init__(
-        self, backend: Backend, tokenizer: PromptTokenizer, new_seed: Callable[[], int]
+        self,
+        backend: Backend,
+        tokenizer: PromptTokenizer,
+        new_seed: Callable[[], int],
+        kv_min_tokens: int,
     ) -> None:
+        self.namespace: Namespace | None = None
+        """The namespace of the model, while there is a store for its blocks."""
+        self._kv_min_tokens = kv_min_tokens
         self._facts = backend.facts
         self._vocabulary = backend.vocabulary
         self._check_sampler = backend.check
@@ -42,6 +60,7 @@ class Preparation:
 
     def prepare(self, request: engine_service_pb2.GenerateRequest) -> Work:
         """The work that the request asks for. Raises CaravanError of the caller's kind."""
+        _check_cache(request.cache)
         sampling = parse_sampling(
             request.sampling,
             vocabulary_tokens=self._facts.vocabulary_tokens,
@@ -55,13 +74,30 @@ class Preparation:
         prompt = self._prompt(request)
         return Work(
             prompt=prompt,
+            prompt_array=np.array(prompt, np.int32),
             max_tokens=self._max_tokens(request, len(prompt)),
             sampling=sampling,
             stops=stops,
             ignore_eos=request.stop.ignore_eos,
             top_logprobs=top_logprobs,
             parse_tools=tools,
+            cache=self._cache_use(request.cache, prompt),
         )
+
+    def prepare_prefill(self, request: engine_service_pb2.GenerateRequest) -> Work:
+        """The work of computing the prompt of a request and no answer. Raises CaravanError of the caller's kind."""
+        return replace(self.prepare(request), max_tokens=0)
+
+    def _cache_use(self, options: generation_pb2.CacheOptions, prompt: list[int]) -> CacheUse:
+        sharable = (
+            not options.bypass
+            and len(prompt) >= self._kv_min_tokens
+            and self._facts.cache_support is CacheSupport.BLOCKS
+        )
+        salt, chain = options.salt.encode(), None
+        if sharable and self.namespace is not None:
+            chain = KeyChain(self.namespace.salted(salt), prompt)
+        return CacheUse(sharable, salt, options.session_id, options.parent_key, chain)
 
     def _check_tools(self, request: engine_service_pb2.GenerateRequest) -> bool:
         """Whether tool calls are looked for in the answer."""
@@ -151,6 +187,14 @@ class Preparation:
         if not 1 <= request.stop.max_tokens < 1 << 31:
             raise _invalid("stop.max_tokens", "max_tokens must be at least 1 and below 2^31.")
         return min(room, request.stop.max_tokens)
+
+
+def _check_cache(options: generation_pb2.CacheOptions) -> None:
+    if len(options.parent_key) not in {0, KEY_BYTES}:
+        raise _invalid("cache.parent_key", f"A key has {KEY_BYTES} bytes.")
+    check_session_id(options.session_id, "cache.session_id")
+    if len(options.salt.encode()) > SALT_BYTES_MAX:
+        raise _invalid("cache.salt", f"The salt has at most {SALT_BYTES_MAX} bytes.")
 
 
 def _prompt_param(request: engine_service_pb2.GenerateRequest) -> str:

@@ -1,32 +1,29 @@
 """What is decoded next: pure continuous batching over sequence slots and KV cells.
 
-Every sequence that decodes gets its row in every batch; what is left of the budget goes to prompts, by arrival, in chunks
-that never cross a block boundary. A sequence is admitted only when the cells that it may ever need can be reserved, so
-that a decode cannot run out of cells half-way through an answer.
+A sequence is admitted when there are cells for its prompt and a little more; prefixes that the cells already hold are shared,
+and a prefix that another sequence is computing is waited for. When cells run out, finished sequences go first, and then the
+youngest sequence is swapped out; it goes on before anything new is admitted. The oldest is never swapped out, and a request
+alone always fits, so somebody always progresses and everybody ends.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
-from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
-from enum import Enum
-from typing import Generic, TypeVar
+import bisect
+from typing import Final
 
-from services.engine.backend import Batch
+from services.engine.batching import Limits, Step, chunk_end, prefill_budget
+from services.engine.kv_space import KvMemory
+from services.engine.residents import Resident
+from services.engine.scheduler_state import SchedulerState
+from services.engine.sequence import Owner, Phase, Sequence
+from services.engine.sharing import Holder, best_coming, best_held
 
-Owner = TypeVar("Owner")
-
-
-class Phase(Enum):
-    """Where a sequence stands."""
-
-    NEW = "new"
-    WAITING = "waiting"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-    ENDED = "ended"
+RESERVE_TOKENS: Final = 16
+"""Cells per sequence that must be left at an admission, so that what is admitted is not swapped out at once."""
+JOIN_TOKENS_BESIDE_ROWS: Final = 1024
+"""Tokens restored between two steps while others decode: some milliseconds."""
+JOIN_TOKENS_ALONE: Final = 8192
+"""Tokens restored at a time when nobody decodes; a cancel is heard in between."""
 
 
 class QueueFullError(Exception):
@@ -37,195 +34,303 @@ class TooLargeError(Exception):
     """The request needs more cells than there are."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Sizes in tokens, except sequences and waiting requests.
+class Scheduler(SchedulerState[Owner]):
+    """Owns the order of requests. `plan` makes everything ready and returns the next batch. Times are in seconds."""
 
-    `chunk_tokens` is the most of one prompt in a batch beside rows that decode, and of all prompts together unless more
-    sequences prefill than decode: it bounds inter-token time.
-    """
+    def __init__(self, limits: Limits, memory: KvMemory[Owner]) -> None:
+        super().__init__(limits, memory)
+        self._orders = 0
+        self._freed = 0
+        self._stuck: tuple[Sequence[Owner] | None, int] = (None, 0)
+        self._now = 0.0
 
-    max_sequences: int
-    cells: int
-    batch_tokens: int
-    block_tokens: int
-    chunk_tokens: int
-    max_waiting: int
+    # Arrivals and endings.
 
-    def __post_init__(self) -> None:
-        if self.batch_tokens < self.block_tokens:
-            raise ValueError("a batch must hold a whole block")
-        if self.batch_tokens < self.max_sequences + self.chunk_tokens:
-            raise ValueError("a batch must hold a token of every sequence and a chunk")
-        if min(self.max_sequences, self.cells, self.block_tokens, self.chunk_tokens) < 1:
-            raise ValueError("limits are at least 1")
-
-
-class Sequence(Generic[Owner]):
-    """One request's tokens. `tokens[:computed]` is exactly what its KV holds (S2.47, W48)."""
-
-    __slots__ = ("cells", "computed", "owner", "phase", "prompt_length", "slot", "tokens")
-
-    def __init__(self, owner: Owner, prompt: Tokens[int], most_new_tokens: int) -> None:
-        self.owner = owner
-        self.tokens = list(prompt)
-        self.prompt_length = len(prompt)
-        self.cells = len(prompt) + most_new_tokens
-        self.computed = 0
-        self.slot = -1
-        self.phase = Phase.NEW
-
-
-class Step(Generic[Owner]):
-    """One batch: `spans` say how many tokens of which sequence it computes, `sampled` whose logits it yields, in order."""
-
-    __slots__ = ("batch", "prefill_tokens", "sampled", "spans")
-
-    def __init__(self) -> None:
-        self.batch = Batch([], [], [], [])
-        self.spans: list[tuple[Sequence[Owner], int]] = []
-        self.sampled: list[Sequence[Owner]] = []
-        self.prefill_tokens = 0
-
-
-class Scheduler(Generic[Owner]):
-    """Owns slots, cells and the order of requests. Every method is O(sequences) or better."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.free_cells = limits.cells
-        self._free_slots = list(range(limits.max_sequences))
-        self._waiting: deque[Sequence[Owner]] = deque()
-        self._prefilling: dict[int, Sequence[Owner]] = {}
-        self._decoding: dict[int, Sequence[Owner]] = {}
-
-    @property
-    def waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._waiting)
-
-    @property
-    def prefilling(self) -> int:
-        """Sequences whose prompt is being computed."""
-        return len(self._prefilling)
-
-    @property
-    def decoding(self) -> int:
-        """Sequences that generate."""
-        return len(self._decoding)
-
-    @property
-    def active(self) -> int:
-        """Sequences that hold a slot."""
-        return len(self._prefilling) + len(self._decoding)
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not (self._waiting or self._prefilling or self._decoding)
-
-    def owners(self) -> list[Owner]:
-        """Owners of all sequences that have not ended."""
-        groups = (self._decoding.values(), self._prefilling.values(), self._waiting)
-        return [sequence.owner for group in groups for sequence in group]
-
-    def submit(self, sequence: Sequence[Owner]) -> None:
+    def submit(self, sequence: Sequence[Owner], now: float) -> None:
         """Queues a sequence. Raises QueueFullError or TooLargeError."""
         if not sequence.tokens:
             raise ValueError("a prompt has at least one token")
-        if sequence.cells > self.limits.cells:
+        if sequence.most_tokens > self.limits.cells:
             raise TooLargeError
-        would_wait = bool(self._waiting) or not self._admissible(sequence)
-        if would_wait and len(self._waiting) >= self.limits.max_waiting:
-            raise QueueFullError
+        self._now = now
+        self._orders += 1
+        sequence.order = self._orders
         sequence.phase = Phase.WAITING
         self._waiting.append(sequence)
-        self.admit()
+        self._admit()
+        if sequence.phase is Phase.WAITING and len(self._waiting) > self.limits.max_waiting:
+            self._waiting.pop()
+            sequence.phase = Phase.ENDED
+            raise QueueFullError
+        self._publish()
 
-    def admit(self) -> list[Sequence[Owner]]:
-        """Gives slots to the sequences that waited longest; stops at the first that does not fit (FIFO)."""
-        admitted = []
-        while self._waiting and self._admissible(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            sequence.slot = heapq.heappop(self._free_slots)
-            sequence.phase = Phase.PREFILLING
-            self.free_cells -= sequence.cells
-            self._prefilling[sequence.slot] = sequence
-            admitted.append(sequence)
-        return admitted
+    def end(self, sequence: Sequence[Owner], now: float, *, keep: bool = False) -> bool:
+        """Takes a sequence out, wherever it stands. With `keep` its cells may stay as a resident's; says whether they do."""
+        self._now = now
+        kept = False
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.phase is Phase.SWAPPED:
+            self._swapped.remove(sequence)
+        elif sequence.slot >= 0:
+            self._unfollow(sequence)
+            kept = self._leave(sequence, keep=keep)
+            self._running.remove(sequence)
+            self._freed += 1
+        sequence.pieces.clear()
+        sequence.slot = -1
+        sequence.leader = None
+        sequence.phase = Phase.ENDED
+        self._publish()
+        return kept
 
-    def _admissible(self, sequence: Sequence[Owner]) -> bool:
-        return bool(self._free_slots) and sequence.cells <= self.free_cells
+    def end_session(self, session_id: str) -> bool:
+        """Lets go of what is kept for a session; says whether there was something."""
+        found = self._space.residents.of_session(session_id)
+        for resident in found:
+            self._space.drop(resident)
+        self._freed += 1
+        self._publish()
+        return bool(found)
 
-    def next_step(self) -> Step[Owner] | None:
-        """The next batch; None if there is nothing to compute."""
-        self.admit()
-        if not (self._prefilling or self._decoding):
-            return None
+    def _leave(self, sequence: Sequence[Owner], *, keep: bool) -> bool:
+        if not keep or not sequence.sharable or sequence.computed < self.limits.min_shared:
+            self._space.give(sequence.slot)
+            return False
+        resident = Resident(
+            sequence.slot, sequence.held(), sequence.salt, sequence.session_id, self._now
+        )
+        others = [slot for slot in self._slots() if slot != sequence.slot]
+        return self._space.keep(resident, self.limits.residents, self.limits.resident_cells, others)
+
+    # The next batch.
+
+    def plan(self, now: float) -> Step[Owner] | None:
+        """Admits, restores, makes room, and returns the next batch; None if there is nothing to compute this time."""
+        self._now = now
+        self._admit()
+        decoding = self._decoders()
+        # Most steps end here: everybody decodes, and there are cells.
+        if len(decoding) < len(self._running) or self._space.free < self.limits.batch_tokens:
+            self._catch_up()
+            self._restore()
+            self._make_room()
+            decoding = self._decoders()
         step: Step[Owner] = Step()
-        if self._decoding:
-            self._add_decode_rows(step)
-        if self._prefilling:
-            self._add_prefill_chunks(step)
-        return step
+        if decoding:
+            step.add_decode_rows(decoding)
+        if len(decoding) < len(self._running):
+            self._add_prefill(step, len(decoding))
+        return step if step.spans else None
 
-    def _add_decode_rows(self, step: Step[Owner]) -> None:
-        batch = step.batch
-        sequences = self._decoding.values()
-        batch.tokens = [sequence.tokens[-1] for sequence in sequences]
-        batch.positions = [sequence.computed for sequence in sequences]
-        batch.slots = list(self._decoding)
-        batch.outputs = list(range(len(batch.slots)))
-        step.spans = [(sequence, 1) for sequence in sequences]
-        step.sampled = list(sequences)
+    def _decoders(self) -> list[Sequence[Owner]]:
+        return [sequence for sequence in self._running if sequence.phase is Phase.DECODING]
 
-    def _add_prefill_chunks(self, step: Step[Owner]) -> None:
+    def _catch_up(self) -> None:
+        """Those who waited for a prefix take it once it is computed."""
+        for sequence in self._running:
+            leader = sequence.leader
+            if leader is not None and leader.computed >= sequence.follow_end:
+                self._stop_following(sequence)
+
+    def _add_prefill(self, step: Step[Owner], decoding: int) -> None:
         limits = self.limits
-        if self._decoding:
-            most = limits.chunk_tokens
-            # A share by heads: where many wait for few, a longer stall of the few is the shorter wait of all.
-            decoding = len(self._decoding)
-            share = limits.chunk_tokens * max(decoding, len(self._prefilling)) // decoding
-            budget = min(share, limits.batch_tokens - decoding)
-        else:
-            budget, most = limits.batch_tokens, limits.block_tokens
-        batch = step.batch
-        for sequence in self._prefilling.values():
-            start = sequence.computed
-            block_end = (start // limits.block_tokens + 1) * limits.block_tokens
-            end = min(start + most, block_end, sequence.prompt_length)
+        prefilling = [s for s in self._running if s.phase is Phase.PREFILLING]
+        budget = prefill_budget(limits, len(prefilling), decoding)
+        for sequence in prefilling:
+            end = chunk_end(sequence, limits, beside_rows=decoding > 0)
             # A chunk that does not fit whole waits for the next batch: where a prompt is cut must not depend on the
             # company it happens to be in.
-            if end - start > budget:
+            tokens = end - sequence.computed
+            if tokens > budget or not self._room(len(step.batch.tokens) + tokens):
                 break
-            budget -= end - start
-            step.prefill_tokens += end - start
-            batch.tokens += sequence.tokens[start:end]
-            batch.positions += range(start, end)
-            batch.slots += [sequence.slot] * (end - start)
-            step.spans.append((sequence, end - start))
-            if end == sequence.prompt_length:
-                batch.outputs.append(len(batch.tokens) - 1)
-                step.sampled.append(sequence)
+            budget -= tokens
+            step.add_prefill(sequence, end)
 
     def computed(self, step: Step[Owner]) -> None:
         """The batch was decoded: its tokens are in the KV."""
+        extend = self._space.cells.extend
         for sequence, count in step.spans:
+            extend(sequence.slot, count)
             sequence.computed += count
-            if sequence.phase is Phase.PREFILLING and sequence.computed == sequence.prompt_length:
+            if sequence.phase is Phase.PREFILLING and sequence.computed == sequence.target:
                 sequence.phase = Phase.DECODING
-                self._decoding[sequence.slot] = self._prefilling.pop(sequence.slot)
 
-    def end(self, sequence: Sequence[Owner]) -> int | None:
-        """Takes a sequence out, wherever it stands. Returns the slot that it held, whose KV must now be cleared."""
-        if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
-        if sequence.slot < 0 or sequence.phase is Phase.ENDED:
-            sequence.phase = Phase.ENDED
-            return None
-        holders = self._prefilling if sequence.phase is Phase.PREFILLING else self._decoding
-        del holders[sequence.slot]
-        sequence.phase = Phase.ENDED
-        self.free_cells += sequence.cells
-        heapq.heappush(self._free_slots, sequence.slot)
-        return sequence.slot
+    # Admission.
+
+    def _admit(self) -> None:
+        """Gives slots to those who were swapped out, then to those who waited longest; stops at the first that does not
+        fit (FIFO)."""
+        started = False
+        for queue in (self._swapped, self._waiting):
+            while queue and self._start(queue[0]):
+                del queue[0]
+                started = True
+            if queue:
+                break
+        if started:
+            self._publish()
+
+    def _start(self, sequence: Sequence[Owner]) -> bool:
+        running = self._running
+        if len(running) >= self.limits.max_sequences:
+            return False
+        if self._stuck == (sequence, self._freed):
+            # Nothing was freed since it did not fit: comparing prompts again would cost every step.
+            return False
+        source, shared = self._best_held(sequence)
+        leader, follow_end = best_coming(sequence, shared, running, self.limits.min_shared)
+        spared = max(shared, follow_end)
+        from_resident = shared if isinstance(source, Resident) else 0
+        if not self._fits(sequence, sequence.target - spared, from_resident):
+            self._stuck = (sequence, self._freed)
+            return False
+        bisect.insort(running, sequence, key=lambda other: other.order)
+        sequence.leader, sequence.follow_end = leader, follow_end
+        if leader is None:
+            self._occupy(sequence, source, shared)
+        else:
+            sequence.slot = self._space.take()
+            sequence.phase = Phase.FOLLOWING
+        return True
+
+    def _fits(self, sequence: Sequence[Owner], tokens: int, from_resident: int) -> bool:
+        """Whether `tokens` more cells are there beside what runs, and what is shared with a resident. Residents do not
+        count otherwise: they go when their cells are needed."""
+        running = self._running
+        reserve = RESERVE_TOKENS * len(running) + min(
+            RESERVE_TOKENS, sequence.most_tokens - sequence.target
+        )
+        expected = sum(max(0, s.target - max(s.computed, s.follow_end)) for s in running)
+        wanted = tokens + reserve + expected
+        if wanted <= self._space.free:
+            return True
+        held = self._space.cells.distinct(self._slots()) + from_resident
+        return wanted <= self.limits.cells - held
+
+    def _best_held(self, sequence: Sequence[Owner]) -> tuple[Holder[Owner] | None, int]:
+        space, limits = self._space, self.limits
+        return best_held(sequence, space.residents, self._running, limits.min_shared)
+
+    def _occupy(self, sequence: Sequence[Owner], source: Holder[Owner] | None, shared: int) -> None:
+        """Puts a sequence into its slot, on what is shared with it."""
+        space = self._space
+        if isinstance(source, Resident) and shared == len(source.tokens):
+            # The next turn of a chat: it goes on in the same slot.
+            space.residents.remove(source)
+            if sequence.slot >= 0:
+                space.give(sequence.slot)
+            sequence.slot = source.slot
+        else:
+            if sequence.slot < 0:
+                sequence.slot = space.take()
+            if isinstance(source, Resident):
+                space.residents.use(source, self._now)
+            if source is not None:
+                space.share(source.slot, sequence.slot, shared)
+        sequence.computed = shared
+        sequence.shared_tokens += shared
+        self._drop_useless_pieces(sequence)
+        sequence.phase = Phase.RESTORING if sequence.pieces else Phase.PREFILLING
+
+    def _drop_useless_pieces(self, sequence: Sequence[Owner]) -> None:
+        pieces = sequence.pieces
+        while pieces and pieces[0].end <= sequence.computed:
+            pieces.popleft()
+        if pieces and (
+            pieces[0].start > sequence.computed or sequence.computed >= sequence.target - 1
+        ):
+            pieces.clear()
+
+    def _stop_following(self, sequence: Sequence[Owner]) -> None:
+        """Takes what is there of the prefix that it waited for."""
+        sequence.leader, sequence.follow_end = None, 0
+        self._occupy(sequence, *self._best_held(sequence))
+
+    def _unfollow(self, leader: Sequence[Owner]) -> None:
+        """The leader leaves: its followers go on alone."""
+        for sequence in self._running:
+            if sequence.leader is leader:
+                self._stop_following(sequence)
+
+    # Restoring and making room.
+
+    def _restore(self) -> None:
+        budget = JOIN_TOKENS_BESIDE_ROWS if self.decoding else JOIN_TOKENS_ALONE
+        for sequence in tuple(self._running):
+            while budget > 0 and sequence.phase is Phase.RESTORING:
+                before = sequence.computed
+                if not self._join_next(sequence):
+                    break
+                budget -= max(1, sequence.computed - before)
+
+    def _join_next(self, sequence: Sequence[Owner]) -> bool:
+        """Restores one piece, or gives restoring up; False where there is no room for it now."""
+        piece = sequence.pieces[0]
+        first = sequence is self._running[0]
+        # While it is joined, the whole state takes cells beside what is there.
+        room = piece.whole_end - piece.start
+        while not self._room(room) and first and self._swap_out_one():
+            pass
+        if self._space.free < room and not first and piece.end == piece.whole_end:
+            # Computing it would need these cells as well.
+            return False
+        end = min(piece.end, sequence.target - 1)
+        if self._space.free >= room and self._space.join(sequence, piece, end):
+            sequence.pieces.popleft()
+            self._drop_useless_pieces(sequence)
+        else:
+            sequence.pieces.clear()
+        if not sequence.pieces:
+            sequence.phase = Phase.PREFILLING
+        return True
+
+    def _room(self, count: int) -> bool:
+        """Whether `count` cells are free, if need be at the price of residents."""
+        dropped = False
+        while self._space.free < count and self._space.drop_one(self._now):
+            dropped = True
+        if dropped:
+            self._publish()
+        return self._space.free >= count
+
+    def _make_room(self) -> None:
+        """Cells for every row that decodes, and for the chunk of the oldest sequence if it prefills."""
+        while self._running:
+            first, rows = self._running[0], self.decoding
+            if first.phase is Phase.PREFILLING:
+                rows += chunk_end(first, self.limits, beside_rows=rows > 0) - first.computed
+            if self._room(rows) or not self._swap_out_one():
+                return
+
+    def _swap_out_one(self) -> bool:
+        """Swaps the youngest out whose leaving frees cells; False if only the oldest is left."""
+        holders = [s for s in self._running[1:] if s.computed]
+        if not holders:
+            return False
+        freeing = [s for s in holders if self._space.cells.exclusive(s.slot)]
+        self._swap_out((freeing or holders)[-1])
+        return True
+
+    def _swap_out(self, sequence: Sequence[Owner]) -> None:
+        for follower in tuple(self._running):
+            if follower.leader is sequence:
+                self._swap_out(follower)
+        if sequence.computed:
+            taken = sum(
+                len(piece.state)
+                for other in (*self._swapped, *self._running)
+                for piece in other.pieces
+                if not piece.saved
+            )
+            packed = self._space.pack(sequence, self.limits.swap_bytes - taken)
+            sequence.pieces.extendleft(reversed(packed))
+            self.swapped_out += 1
+        self._running.remove(sequence)
+        self._space.give(sequence.slot)
+        self._freed += 1
+        sequence.slot, sequence.computed = -1, 0
+        sequence.leader, sequence.follow_end = None, 0
+        sequence.target = len(sequence.tokens)
+        sequence.phase = Phase.SWAPPED
+        bisect.insort(self._swapped, sequence, key=lambda other: other.order)

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import threading
 import zlib
+from array import array
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl
 
 import numpy as np
 
-from services.engine.backend import Batch, DecodeError, Logits, ModelError, ModelFacts, Progress
+from services.engine.backend import (
+    Batch,
+    CacheSupport,
+    DecodeError,
+    Logits,
+    ModelError,
+    ModelFacts,
+    Progress,
+    StateError,
+)
 from services.engine.sampling import SamplingSpec
 from services.engine.scripted_vocabulary import (
     MESSAGE_END,
@@ -28,6 +38,7 @@ from services.runtime.errors import CaravanError
 
 PREFIX: Final = "scripted:"
 _CERTAIN: Final = np.float32(100.0)
+_STATE_MAGIC: Final = 0x53435231
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class ScriptedShape:
     context_tokens: int
     cells: int
     batch_tokens: int
+    residents: int = 0
 
 
 class ScriptedBackend:
@@ -107,8 +119,13 @@ class ScriptedBackend:
             chat_template=None,
             bos_text="",
             eos_text="<|im_end|>",
+            quant="scripted",
+            context_identity={"backend": "scripted"},
+            cache_support=CacheSupport.BLOCKS,
+            cache_note="",
+            cell_bytes=4,
         )
-        self._kv: list[list[int]] = [[] for _ in range(shape.max_sequences)]
+        self._kv: list[list[int]] = [[] for _ in range(shape.max_sequences + shape.residents)]
         self._answers: dict[int, tuple[int, list[int]]] = {}
         self._logits = np.zeros((shape.max_sequences, script.vocab), np.float32)
         self._certain: list[int] = []
@@ -134,6 +151,9 @@ class ScriptedBackend:
             held = kv[slot]
             if position != len(held):
                 raise DecodeError(-1, f"position {position} of {slot}, which holds {len(held)}")
+            if slot in self._answers and token != self._next_token(slot):
+                # Not what was said: the slot goes on with another prompt.
+                del self._answers[slot]
             held.append(token)
         self._set_logits([self._next_token(batch.slots[row]) for row in batch.outputs])
         prefill = max(0, len(batch.tokens) - len(batch.outputs))
@@ -192,8 +212,34 @@ class ScriptedBackend:
 
     def clear(self, slot: int) -> None:
         """Forgets a sequence."""
-        self._kv[slot] = []
+        self.cut(slot, 0)
+
+    def cut(self, slot: int, end: int) -> None:
+        """Forgets the end of a sequence."""
+        del self._kv[slot][end:]
         self._answers.pop(slot, None)
+
+    def share(self, source: int, target: int, end: int) -> None:
+        """Copies the tokens: there are no cells to share."""
+        assert not self._kv[target]
+        self._kv[target] = self._kv[source][:end]
+
+    def pack(self, slot: int, start: int, end: int) -> memoryview:
+        """The tokens as numbers, after a mark and their place."""
+        tokens = self._kv[slot][start:end]
+        if len(tokens) != end - start:
+            raise StateError(f"slot {slot} does not hold [{start}, {end})")
+        return memoryview(array("I", [_STATE_MAGIC, start, *tokens]).tobytes())
+
+    def join(self, slot: int, state: memoryview, start: int, end: int, whole_end: int) -> None:
+        """Appends tokens of what `pack` made."""
+        if len(state) % 4 or len(state) < 8:
+            raise StateError("the state is cut off")
+        mark, first, *tokens = array("I", bytes(state))
+        if mark != _STATE_MAGIC or first + len(tokens) != whole_end or first > start:
+            raise StateError("the state is not of these tokens")
+        assert len(self._kv[slot]) == start
+        self._kv[slot] += tokens[start - first : end - first]
 
     def close(self) -> None:
         """Nothing to free."""

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from google.protobuf import duration_pb2
 from services.engine.engine import Engine
 from services.engine.inflight import Inflight
 from services.engine.outbox import Ending, Update
-from services.engine.preparation import check_request_id
+from services.engine.preparation import check_request_id, check_session_id
 from services.engine.sampling import TokenLogprobs
 from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
@@ -35,19 +36,53 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
-        check_request_id(request.request_id)
-        row = self._engine.register(request.request_id)
+        kind = "chat" if request.HasField("chat") else "text_completion"
+        with self._running(request.request_id, kind, context) as (row, span):
+            async for response in self._events(request, row, span):
+                yield response
+
+    async def PrefillOnly(
+        self, request: pb.PrefillOnlyRequest, context: Context
+    ) -> pb.PrefillOnlyResponse:
+        kind = request.WhichOneof("prompt")
+        prompt = {} if kind is None else {kind: getattr(request, kind)}
+        generate = pb.GenerateRequest(request_id=request.request_id, cache=request.cache, **prompt)
+        with self._running(request.request_id, "prefill", context) as (row, span):
+            ending = await self._prefill(generate, row)
+            _describe(span, ending)
+        return pb.PrefillOnlyResponse(
+            prompt_tokens=ending.prompt_tokens,
+            cached_tokens=ending.cached_tokens,
+            cache_hit=ending.cache_hit,  # type: ignore[arg-type]
+            finish_key=ending.finish_key,
+        )
+
+    async def _prefill(self, request: pb.GenerateRequest, row: Inflight) -> Ending:
+        await self._submit(request, row, prefill_only=True)
+        while True:
+            update = await row.outbox.take()
+            if update.error is not None:
+                raise update.error
+            if update.ending is not None:
+                return update.ending
+
+    @contextmanager
+    def _running(
+        self, request_id: str, kind: str, context: Context
+    ) -> Iterator[tuple[Inflight, RequestSpan]]:
+        """A request from its admission to its end, whatever ends it."""
+        check_request_id(request_id)
+        row = self._engine.register(request_id)
         span = self._tracing.start(
             "generate",
             context.invocation_metadata(),
-            gen_ai__operation__name="chat" if request.HasField("chat") else "text_completion",
+            gen_ai__operation__name=kind,
             gen_ai__request__model=self._engine.identity.model_name,
-            caravan__request_id=request.request_id,
+            caravan__request_id=request_id,
         )
         failure: str | None = "the call ended early"
         try:
-            async for response in self._events(request, row, span):
-                yield response
+            yield row, span
             failure = None
         except CaravanError as error:
             failure = error.reason
@@ -56,13 +91,17 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             self._engine.release(row)
             span.end(failure)
 
+    async def _submit(
+        self, request: pb.GenerateRequest, row: Inflight, *, prefill_only: bool
+    ) -> None:
+        work = await self._engine.prepare(request, prefill_only=prefill_only)
+        found = await self._engine.find(row, work)
+        self._engine.submit(row, work, found)
+
     async def _events(
         self, request: pb.GenerateRequest, row: Inflight, span: RequestSpan
     ) -> AsyncIterator[pb.GenerateResponse]:
-        work = await self._engine.prepare(request)
-        self._engine.submit(row, work)
-        if row.cancelled:
-            self._engine.cancel(row.request_id)
+        await self._submit(request, row, prefill_only=False)
         started = False
         while True:
             update = await row.outbox.take()
@@ -72,7 +111,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
             if not started and (update.started or update.ending is not None):
                 started = True
                 span.event("started")
-                yield pb.GenerateResponse(started=pb.Started(prompt_tokens=row.prompt_tokens))
+                yield pb.GenerateResponse(started=_started(row, update))
             if update.has_delta:
                 yield pb.GenerateResponse(delta=self._delta(update))
             if update.ending is not None:
@@ -110,6 +149,25 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         return pb.CancelResponse(found=self._engine.cancel(request.request_id))
 
+    async def EndSession(
+        self, request: pb.EndSessionRequest, context: Context
+    ) -> pb.EndSessionResponse:
+        if not request.session_id:
+            raise CaravanError("INVALID_VALUE", "The session has no id.", param="session_id")
+        check_session_id(request.session_id, "session_id")
+        return pb.EndSessionResponse(found=await self._engine.end_session(request.session_id))
+
+    async def FetchBlocks(
+        self, request: pb.FetchBlocksRequest, context: Context
+    ) -> AsyncIterator[pb.FetchBlocksResponse]:
+        store = self._engine.store
+        if store is None:
+            for key in request.keys:
+                yield pb.FetchBlocksResponse(key=key, missing=True)
+            return
+        async for piece in store.serve_blocks(request.keys):
+            yield piece
+
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: Context
     ) -> pb.GetStatusResponse:
@@ -143,16 +201,30 @@ def _duration(seconds: float) -> duration_pb2.Duration:
     return duration
 
 
+def _started(row: Inflight, update: Update) -> pb.Started:
+    return pb.Started(
+        prompt_tokens=row.prompt_tokens,
+        cached_tokens=update.cached_tokens,
+        # A request that is cancelled while it waits has reused nothing.
+        cache_hit=update.cache_hit or generation_pb2.CACHE_HIT_COLD,  # type: ignore[arg-type]
+    )
+
+
 def _finished(ending: Ending) -> pb.Finished:
     return pb.Finished(
         reason=ending.reason,  # type: ignore[arg-type]
         usage=generation_pb2.Usage(
-            prompt_tokens=ending.prompt_tokens, completion_tokens=ending.completion_tokens
+            prompt_tokens=ending.prompt_tokens,
+            completion_tokens=ending.completion_tokens,
+            cached_tokens=ending.cached_tokens,
         ),
         stop_text=ending.stop_text,
         queue_time=_duration(ending.queue_s),
         prefill_time=_duration(ending.prefill_s),
         decode_time=_duration(ending.decode_s),
+        finish_key=ending.finish_key,
+        cache_hit=ending.cache_hit,  # type: ignore[arg-type]
+        restore_time=_duration(ending.restore_s),
     )
 
 
@@ -160,5 +232,6 @@ def _describe(span: RequestSpan, ending: Ending) -> None:
     span.set(
         gen_ai__usage__input_tokens=ending.prompt_tokens,
         gen_ai__usage__output_tokens=ending.completion_tokens,
+        caravan__cached_tokens=ending.cached_tokens,
         gen_ai__response__finish_reasons=generation_pb2.FinishReason.Name(ending.reason),  # type: ignore[arg-type]
     )

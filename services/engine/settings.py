@@ -6,9 +6,12 @@ import os
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from services.engine.kv.config import RootConfig, parse_roots
 from services.runtime.settings import (
     ProcessSettings,
+    byte_size,
     choice,
     integer,
     loopback_address,
@@ -17,6 +20,9 @@ from services.runtime.settings import (
     setting,
     text,
 )
+
+SEQUENCES_MAX: Final = 256
+"""llama.cpp's own limit (LLAMA_MAX_SEQ)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,10 @@ class EngineSettings(ProcessSettings):
         named_model,
     )
     max_sequences: int = setting(
-        "CARAVAN_ENGINE_MAX_SEQUENCES", "32", "Most sequences at a time", integer(1, 256)
+        "CARAVAN_ENGINE_MAX_SEQUENCES",
+        "32",
+        "Most sequences at a time",
+        integer(1, SEQUENCES_MAX - 1),
     )
     max_waiting: int = setting(
         "CARAVAN_ENGINE_MAX_WAITING",
@@ -132,6 +141,65 @@ class EngineSettings(ProcessSettings):
         "Seconds that a chat template may take",
         number(0.01, 60),
     )
+    residents: int = setting(
+        "CARAVAN_ENGINE_RESIDENTS",
+        "16",
+        "Most finished sequences that stay in their cells for reuse",
+        integer(0, SEQUENCES_MAX - 2),
+    )
+    resident_cells: int = setting(
+        "CARAVAN_ENGINE_RESIDENT_CELLS",
+        "0",
+        "Most cells that only finished sequences hold; 0: an eighth of all, at least a context",
+        integer(0, 1 << 26),
+    )
+    session_seconds: float = setting(
+        "CARAVAN_ENGINE_SESSION_SECONDS",
+        "600",
+        "Seconds after its last use for which the cells of a session are kept in preference to others",
+        number(0, 86_400),
+    )
+    swap_bytes: int = setting(
+        "CARAVAN_ENGINE_SWAP_BYTES",
+        "256MiB",
+        "Most bytes of sequences that are swapped out; beyond it their state is computed again",
+        byte_size,
+    )
+    kv_min_tokens: int = setting(
+        "CARAVAN_ENGINE_KV_MIN_TOKENS",
+        "64",
+        "Shorter prompts neither use nor feed the KV cache",
+        integer(1, 1 << 20),
+    )
+    cache: str = setting(
+        "CARAVAN_ENGINE_CACHE",
+        "",
+        "Address of the cache service, host:port; empty: blocks stay in this engine's RAM",
+        optional_peer,
+    )
+    kv_ram_bytes: int = setting(
+        "CARAVAN_ENGINE_KV_RAM_BYTES",
+        "512MiB",
+        "Most bytes of saved blocks in RAM; 0: none",
+        byte_size,
+    )
+    kv_roots: tuple[RootConfig, ...] = setting(
+        "CARAVAN_ENGINE_KV_ROOTS",
+        "",
+        "Folders for saved blocks, TIER:PATH:SIZE separated by commas; the tier is disk or ram_file",
+        parse_roots,
+    )
+    kv_queue_bytes: int = setting(
+        "CARAVAN_ENGINE_KV_QUEUE_BYTES",
+        "256MiB",
+        "Most bytes of blocks that wait to be written; beyond it blocks are not saved",
+        byte_size,
+    )
+
+    @property
+    def slots(self) -> int:
+        """Sequences that llama.cpp holds: those that run and those that stay, within its limit."""
+        return min(self.max_sequences + self.residents, SEQUENCES_MAX - 1)
 
 
 def prepare_threads(settings: EngineSettings, environ: MutableMapping[str, str]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
-import sys
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -24,41 +22,16 @@ from services.engine.membership import BACKOFF_MOST_S, backoff_s
 from services.runtime.channel import open_channel
 from services.runtime.server import ServiceServer
 from tests.support.ports import free_port
+from tests.support.processes import log_line, process
 
 PORT = re.compile(rb"listening on port (\d+)")
 SERVING = re.compile(rb"serving demo")
 
 
-@asynccontextmanager
-async def process(**settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The engine as a process on free ports; killed at the end if it still runs."""
-    env = {
-        **os.environ,
-        "CARAVAN_ENGINE_ADDRESS": "127.0.0.1:0",
-        "CARAVAN_ENGINE_METRICS_ADDRESS": "127.0.0.1:0",
-        "CARAVAN_ENGINE_MODEL": "demo=scripted:?step_ms=2&tokens=100000&context=8000",
-        **settings,
-    }
-    started = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.engine", env=env, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        yield started
-    finally:
-        if started.returncode is None:
-            started.kill()
-        await started.communicate()
-
-
-async def line(running: asyncio.subprocess.Process, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
-    """The next line of the log that matches."""
-    assert running.stderr is not None
-    async with asyncio.timeout(30):
-        async for text in running.stderr:
-            found = pattern.search(text)
-            if found:
-                return found
-    raise AssertionError("the process ended")
+def engine(**settings: str) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    """An engine with a scripted model."""
+    model = "demo=scripted:?step_ms=2&tokens=100000&context=8000"
+    return process("engine", **{"CARAVAN_ENGINE_MODEL": model, **settings})
 
 
 def request(request_id: str, max_tokens: int) -> pb.GenerateRequest:
@@ -70,9 +43,9 @@ def request(request_id: str, max_tokens: int) -> pb.GenerateRequest:
 async def test_a_process_serves_drains_and_ends_with_zero() -> None:
     """Health, metrics, SIGTERM: a request that runs is ended within the grace, the exit code is 0."""
     metrics = free_port()
-    async with process(CARAVAN_ENGINE_METRICS_ADDRESS=f"127.0.0.1:{metrics}") as running:
-        port = int((await line(running, PORT))[1])
-        await line(running, SERVING)
+    async with engine(CARAVAN_ENGINE_METRICS_ADDRESS=f"127.0.0.1:{metrics}") as running:
+        port = int((await log_line(running, PORT))[1])
+        await log_line(running, SERVING)
         async with open_channel(f"127.0.0.1:{port}") as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
             check = health_pb2.HealthCheckRequest(service="caravan.engine.v1.EngineService")
@@ -91,9 +64,9 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
 async def test_every_series_is_there() -> None:
     """/metrics shows queue, steps, sequences and tokens."""
     metrics = free_port()
-    async with process(CARAVAN_ENGINE_METRICS_ADDRESS=f"127.0.0.1:{metrics}") as running:
-        port = int((await line(running, PORT))[1])
-        await line(running, SERVING)
+    async with engine(CARAVAN_ENGINE_METRICS_ADDRESS=f"127.0.0.1:{metrics}") as running:
+        port = int((await log_line(running, PORT))[1])
+        await log_line(running, SERVING)
         async with open_channel(f"127.0.0.1:{port}") as channel:
             async for _event in pb_grpc.EngineServiceStub(channel).Generate(request("a", 5)):
                 pass
@@ -113,12 +86,14 @@ async def test_every_series_is_there() -> None:
         ({"CARAVAN_ENGINE_ADDRESS": "0.0.0.0:7010"}, "CARAVAN_ENGINE_ADDRESS"),
         ({"CARAVAN_ENGINE_MODEL": "demo"}, "NAME=PATH"),
         ({"CARAVAN_ENGINE_MODEL": "demo=scripted:?speed=1"}, "speed"),
-        ({"CARAVAN_ENGINE_MAX_SEQUENCES": "256", "CARAVAN_ENGINE_BATCH_TOKENS": "256"}, "BATCH"),
+        ({"CARAVAN_ENGINE_MAX_SEQUENCES": "255", "CARAVAN_ENGINE_BATCH_TOKENS": "256"}, "BATCH"),
+        ({"CARAVAN_ENGINE_KV_ROOTS": "disk:/dev/null/kv:1GiB"}, "CARAVAN_ENGINE_KV_ROOTS"),
+        ({"CARAVAN_ENGINE_KV_ROOTS": "tape:/kv:1GiB"}, "CARAVAN_ENGINE_KV_ROOTS"),
     ],
 )
 async def test_wrong_settings_end_the_process_with_two(settings: dict[str, str], said: str) -> None:
     """One clear line that names the setting, and exit code 2."""
-    async with process(**settings) as running:
+    async with engine(**settings) as running:
         async with asyncio.timeout(30):
             _, stderr = await running.communicate()
         assert running.returncode == 2
@@ -131,7 +106,7 @@ async def test_a_taken_port_ends_the_process_with_two() -> None:
     server = ServiceServer("127.0.0.1:0", [], 0)
     port = await server.start()
     try:
-        async with process(CARAVAN_ENGINE_ADDRESS=f"127.0.0.1:{port}") as running:
+        async with engine(CARAVAN_ENGINE_ADDRESS=f"127.0.0.1:{port}") as running:
             async with asyncio.timeout(30):
                 _, stderr = await running.communicate()
             assert running.returncode == 2
@@ -192,9 +167,9 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
     """Registration, reports at the told interval and at changes, CancelCommand, and a new session after a restart."""
     async with (
         coordinator() as (first, port),
-        process(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{port}") as running,
+        engine(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{port}") as running,
     ):
-        own = int((await line(running, PORT))[1])
+        own = int((await log_line(running, PORT))[1])
         async with asyncio.timeout(20):
             registration = await first.registered.get()
         assert registration.engine_id == "engine-0"
@@ -224,9 +199,9 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
 async def test_an_engine_serves_without_its_coordinator() -> None:
     """A coordinator that is not there costs nobody a request."""
     nobody = free_port()
-    async with process(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{nobody}") as running:
-        port = int((await line(running, PORT))[1])
-        await line(running, re.compile(rb"joining again"))
+    async with engine(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{nobody}") as running:
+        port = int((await log_line(running, PORT))[1])
+        await log_line(running, re.compile(rb"joining again"))
         async with open_channel(f"127.0.0.1:{port}") as channel:
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 3))
             events = [event async for event in call]

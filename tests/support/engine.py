@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
 
-from services.engine.__main__ import build_engine
+from services.engine.__main__ import build_cache, build_engine
 from services.engine.engine import Engine
 from services.engine.metrics import EngineMetrics
 from services.engine.servicer import EngineServicer
@@ -63,17 +64,34 @@ class Answer:
         assert len(self.started) == len(self.finished) == 1
         return self.finished[0].reason
 
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that were reused; both ends of the answer say the same."""
+        tokens = self.finished[0].usage.cached_tokens
+        assert self.started[0].cached_tokens == tokens
+        return tokens
+
+    @property
+    def hit(self) -> str:
+        """Where they came from, such as "EXACT"."""
+        assert self.started[0].cache_hit == self.finished[0].cache_hit
+        name: str = generation_pb2.CacheHit.Name(self.finished[0].cache_hit)
+        return name.removeprefix("CACHE_HIT_")
+
 
 class EngineClient:
     """Calls one engine."""
 
-    def __init__(self, stub: pb_grpc.EngineServiceAsyncStub, engine: Engine) -> None:
+    def __init__(
+        self, stub: pb_grpc.EngineServiceAsyncStub, engine: Engine, metrics: EngineMetrics
+    ) -> None:
         self.stub = stub
         self.engine = engine
+        self.metrics = metrics
         self._count = 0
 
     def request(self, prompt: str | list[int], **fields: object) -> pb.GenerateRequest:
-        """A greedy chat with one user message, or a prompt of tokens; `fields` are those of sampling and stop."""
+        """A greedy chat with one user message, or a prompt of tokens; `fields` are those of sampling, stop and cache."""
         self._count += 1
         request = pb.GenerateRequest(request_id=f"test-{self._count}")
         if isinstance(prompt, str):
@@ -82,9 +100,11 @@ class EngineClient:
             request.tokens.ids.extend(prompt)
         request.sampling.temperature = 0
         for name, value in fields.items():
-            part = (
-                request.stop if name in {"max_tokens", "stop", "ignore_eos"} else request.sampling
-            )
+            part: Any = request.sampling
+            if name in {"max_tokens", "stop", "ignore_eos"}:
+                part = request.stop
+            elif name in {"parent_key", "session_id", "salt", "bypass"}:
+                part = request.cache
             if isinstance(value, list):
                 getattr(part, name).extend(value)
             else:
@@ -123,6 +143,27 @@ class EngineClient:
         assert self.engine._preparation is not None
         return self.engine._preparation._tokenizer.chat(chat)
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a series."""
+        value = self.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, name
+        return value
+
+    async def until_saved(self) -> None:
+        """Waits until everything that was computed is packed, and written where there are roots."""
+        await self.until_idle()
+        memory, store = self.engine._decoder._memory, self.engine.store
+        assert store is not None
+        async with asyncio.timeout(20):
+            while memory.saves_pending or store.queued_bytes:  # noqa: ASYNC110 - of other threads
+                await asyncio.sleep(0.005)
+
+    async def until_joined(self) -> None:
+        """Waits for the session with the cache service."""
+        async with asyncio.timeout(20):
+            while not (self.engine.store and self.engine.store.joined):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.005)
+
     async def status(self) -> pb.GetStatusResponse:
         """What the engine says of itself."""
         return await self.stub.GetStatus(pb.GetStatusRequest())
@@ -155,7 +196,8 @@ async def running_engine(
     environ = {f"CARAVAN_ENGINE_{name}": value for name, value in env.items()}
     environ.setdefault("CARAVAN_ENGINE_THREADS", "1")
     settings = load(EngineSettings, {**environ, "CARAVAN_ENGINE_MODEL": model})
-    engine = build_engine(settings, EngineMetrics())
+    metrics = EngineMetrics()
+    engine = build_engine(settings, metrics)
     server = ServiceServer("127.0.0.1:0", [], 0)
     pb_grpc.add_EngineServiceServicer_to_server(
         EngineServicer(engine, SystemClock(), NoTracing()), server.grpc
@@ -164,13 +206,17 @@ async def running_engine(
     loaded = asyncio.Event()
     engine.on_ready = loaded.set
     engine.start()
+    cache = build_cache(settings, engine, f"127.0.0.1:{port}", metrics)
+    cache.start()
     try:
         if ready:
             async with asyncio.timeout(30):
                 await loaded.wait()
+                await cache.opened.wait()
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            yield EngineClient(pb_grpc.EngineServiceStub(channel), engine)
+            yield EngineClient(pb_grpc.EngineServiceStub(channel), engine, metrics)
     finally:
         engine.drain()
         await server.drain_and_stop()
         assert await engine.stop(20), "the decode thread ends"
+        await cache.close(20)

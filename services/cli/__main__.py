@@ -16,8 +16,9 @@ from services.runtime.settings import SettingsError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parser().parse_args(arguments)
+    commands = {"up": _up, "chat": _chat, "cache": _cache}
     try:
-        return _chat(options) if options.command == "chat" else _up(options)
+        return commands[options.command](options)
     except KeyboardInterrupt:
         return 130
 
@@ -42,6 +43,7 @@ def _up(options: argparse.Namespace) -> int:
         engines=options.engines,
         state_dir=Path(options.state_dir).absolute(),
         threads=options.threads,
+        cache=options.cache,
     )
     return up(wanted, settings, environment(), SystemClock(), display)
 
@@ -51,6 +53,24 @@ def _chat(options: argparse.Namespace) -> int:
 
     asked = Asked(options.url, options.model, options.system, options.temperature)
     return chat(asked, sys.stdin, sys.stdout)
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from services.cli import cache
+
+    if options.action == "verify":
+        return cache.verify(options.roots or [options.state_dir / "kv"])
+    asked: cache.Listing | cache.Dropping | None = None
+    if options.action == "ls":
+        asked = cache.Listing(options.prefix or "", options.limit, options.as_json)
+    elif options.action == "evict":
+        asked = cache.Dropping(options.free_bytes, options.everything, tuple(options.keys))
+    try:
+        cache.ask(options.address, options.state_dir, asked, sys.stdout, SystemClock().wall())
+    except cache.CacheCommandError as error:
+        print(f"caravan cache: {error}", file=sys.stderr)
+        return error.code
+    return cache.OK
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from services.cli.model_sources import ModelSource
 from services.cli.ports import Ports
 from services.cli.settings import UpSettings
 
-Kind = Literal["coordinator", "engine", "gateway", "envoy"]
-STOP_ORDER: Final[tuple[Kind, ...]] = ("envoy", "gateway", "engine", "coordinator")
+Kind = Literal["coordinator", "cache", "engine", "gateway", "envoy"]
+STOP_ORDER: Final[tuple[Kind, ...]] = ("envoy", "gateway", "engine", "cache", "coordinator")
 """The door closes first; what others need goes last."""
 
 OWNER_KEY: Final = "CARAVAN_UP_ID"
@@ -44,13 +44,23 @@ class Installation:
 
 @dataclass(frozen=True)
 class UpOptions:
-    """What the user asked for. `engines` is per model; `threads` None leaves the choice to `engine_threads`."""
+    """What the user asked for.
+
+    `engines` is per model; `threads` None leaves the choice to `engine_threads`; without `cache` no KV block is shared between
+    engines or kept on disk.
+    """
 
     port: int
     models: tuple[ModelSource, ...]
     engines: int
     state_dir: Path
     threads: int | None = None
+    cache: bool = True
+
+    @property
+    def kv_folder(self) -> Path:
+        """Where the engines keep KV blocks on disk: the same at each start."""
+        return self.state_dir / "kv"
 
 
 @dataclass(frozen=True)
@@ -91,18 +101,21 @@ def make_plan(
     """The plan for these options. `cores` are the processors that may be used."""
     front = settings.front_niceness
     coordinator = f"127.0.0.1:{ports.coordinator}"
+    shared = {"COORDINATOR": coordinator, **_kv_values(options, settings, ports)}
     threads = engine_threads(options, cores)
 
     def service(kind: Kind, listens: tuple[int, int], values: Mapping[str, str]) -> ProcessPlan:
         return _service(install, settings, kind, listens, values)
 
     processes = [service("coordinator", (ports.coordinator, ports.coordinator_metrics), {})]
+    if options.cache:
+        processes.append(service("cache", (ports.cache, ports.cache_metrics), {}))
     served = [model for model in options.models for _ in range(options.engines)]
     for index, model in enumerate(served):
         values = {
             "ID": f"engine-{index}",
             "MODEL": f"{model.name}={model.source}",
-            "COORDINATOR": coordinator,
+            **shared,
         }
         if threads is not None and not model.scripted:
             values["THREADS"] = str(threads)
@@ -119,6 +132,16 @@ def make_plan(
     ]
     access_log = options.state_dir / "logs" / "access.log"
     return Plan(options, ports, envoy_config, access_log, tuple(processes))
+
+
+def _kv_values(options: UpOptions, settings: UpSettings, ports: Ports) -> dict[str, str]:
+    """What engines are told of the KV cache: the service, and one folder that all of them share."""
+    if not options.cache:
+        return {}
+    values = {"CACHE": f"127.0.0.1:{ports.cache}"}
+    if settings.kv_disk_bytes:
+        values["KV_ROOTS"] = f"disk:{options.kv_folder}:{settings.kv_disk_bytes}"
+    return values
 
 
 def _service(

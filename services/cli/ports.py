@@ -33,6 +33,8 @@ class Ports:
     gateway_metrics: int
     coordinator: int
     coordinator_metrics: int
+    cache: int
+    cache_metrics: int
     engines: tuple[int, ...]
     engine_metrics: tuple[int, ...]
 
@@ -44,6 +46,8 @@ class Ports:
         yield "the gateway's metrics", self.gateway_metrics
         yield "the coordinator", self.coordinator
         yield "the coordinator's metrics", self.coordinator_metrics
+        yield "the cache service", self.cache
+        yield "the cache service's metrics", self.cache_metrics
         for index, port in enumerate(self.engines):
             yield f"engine-{index}", port
         for index, port in enumerate(self.engine_metrics):
@@ -59,6 +63,8 @@ def default_ports(engines: int) -> Ports:
         gateway_metrics=9101,
         coordinator=7002,
         coordinator_metrics=9102,
+        cache=7003,
+        cache_metrics=9103,
         engines=tuple(7010 + index for index in range(engines)),
         engine_metrics=tuple(9110 + index for index in range(engines)),
     )
@@ -81,7 +87,9 @@ def pick_ports(public: int, engines: int, is_free: Callable[[int], bool]) -> Por
             )
         return taken
 
-    admin, gateway, gateway_metrics, coordinator, coordinator_metrics = take(5)
+    admin, gateway, gateway_metrics, coordinator, coordinator_metrics, cache, cache_metrics = take(
+        7
+    )
     return Ports(
         public=public,
         admin=admin,
@@ -89,6 +97,8 @@ def pick_ports(public: int, engines: int, is_free: Callable[[int], bool]) -> Por
         gateway_metrics=gateway_metrics,
         coordinator=coordinator,
         coordinator_metrics=coordinator_metrics,
+        cache=cache,
+        cache_metrics=cache_metrics,
         engines=take(engines),
         engine_metrics=take(engines),
     )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.runtime.settings import integer, load, number, setting
+from services.runtime.settings import byte_size, integer, load, number, setting
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,17 @@ class UpSettings:
     front_niceness: int = setting(
         "CARAVAN_UP_FRONT_NICENESS",
         "0",
-        "Niceness of Envoy, gateway and coordinator; above 0 the engines win the processor",
+        "Niceness of all but the engines; above 0 the engines win the processor",
         integer(0, 19),
     )
     envoy_workers: int = setting(
         "CARAVAN_UP_ENVOY_WORKERS", "1", "Worker threads of Envoy", integer(1, 64)
+    )
+    kv_disk_bytes: int = setting(
+        "CARAVAN_UP_KV_DISK_BYTES",
+        "4GiB",
+        "Most bytes of KV blocks in STATE_DIR/kv; 0: none are kept on disk",
+        byte_size,
     )
     log_bytes_max: int = setting(
         "CARAVAN_UP_LOG_BYTES",

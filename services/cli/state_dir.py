@@ -72,3 +72,18 @@ class Endpoints:
         document: Mapping[str, object] = {"processes": list(self._running.values())}
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         temporary.replace(self._path)
+
+
+def address_of(state_dir: Path, name: str) -> str:
+    """Where a process of the running `caravan up` listens, host:port. Raises StateDirError."""
+    path = state_dir / "endpoints.json"
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))["processes"]
+        addresses = {str(process["name"]): str(process["address"]) for process in listed}
+    except FileNotFoundError:
+        raise StateDirError(f"there is no {path}; is `caravan up` running?") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StateDirError(f"{path} cannot be read: {error}") from error
+    if name not in addresses:
+        raise StateDirError(f"no {name} runs, says {path}")
+    return addresses[name]

@@ -13,9 +13,6 @@ from services.cli.plan import STOP_ORDER, Plan, ProcessPlan
 from services.cli.state_dir import Endpoints
 from services.runtime.clock import Clock
 
-REFUSED: Final = 2
-"""Exit code of a service whose settings are wrong or whose port is taken."""
-
 _END_MARGIN_S: Final = 5.0
 _CAP_INTERVAL_S: Final = 5.0
 

@@ -20,9 +20,10 @@ from services.cli.log_files import last_lines, put_aside
 from services.cli.plan import OWNER_KEY, Installation, Plan, UpOptions, make_plan
 from services.cli.progress import TRIES_MAX, EngineView, Phase, Seen, Verdict, judge, status_line
 from services.cli.settings import UpSettings
-from services.cli.supervisor import REFUSED, Supervisor
+from services.cli.supervisor import Supervisor
 from services.runtime import lifeline
 from services.runtime.clock import Clock, random_fraction, random_id
+from services.runtime.process import REFUSED
 from services.runtime.server import cancel_all
 
 REPOSITORY: Final = Path(services.__file__).resolve().parents[1]
@@ -91,6 +92,8 @@ def prepare(options: UpOptions, settings: UpSettings) -> Plan:
     plan = make_plan(
         options, settings, choose_ports(options), install, len(os.sched_getaffinity(0))
     )
+    if options.cache and settings.kv_disk_bytes:
+        _make_kv_folder(options.kv_folder)
     plan.access_log.parent.mkdir(parents=True, exist_ok=True)
     put_aside(plan.access_log)
     template = (install.envoy_folder / "envoy.yaml").read_text(encoding="utf-8")
@@ -109,6 +112,20 @@ def prepare(options: UpOptions, settings: UpSettings) -> Plan:
         raise StartError(str(error), WRONG_USE) from error
     plan.envoy_config.write_text(text, encoding="utf-8")
     return plan
+
+
+def _make_kv_folder(folder: Path) -> None:
+    if "," in str(folder):
+        raise StartError(
+            f"KV blocks cannot be kept in {folder}: a comma separates folders there; choose another"
+            " --state-dir, or none with CARAVAN_UP_KV_DISK_BYTES=0",
+            WRONG_USE,
+        )
+    try:
+        # For this user only: blocks hold what conversations said.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"cannot make {folder}: {error.strerror}", WRONG_USE) from error
 
 
 @contextlib.contextmanager

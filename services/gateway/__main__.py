@@ -16,6 +16,7 @@ from caravan.openai.v1 import openai_service_pb2_grpc as openai_grpc
 from prometheus_client import CollectorRegistry
 
 from services.gateway.background import Background
+from services.gateway.conversations import Conversations
 from services.gateway.coordinator import CoordinatorClient
 from services.gateway.engines import EnginePool
 from services.gateway.inference_servicer import InferenceServicer
@@ -25,17 +26,10 @@ from services.gateway.openai_servicer import OpenAIServicer
 from services.gateway.session import SessionParts
 from services.gateway.sessions import Sessions
 from services.gateway.settings import GatewaySettings
-from services.runtime import logs
 from services.runtime.channel import open_channel
 from services.runtime.clock import Clock, IdSource, SystemClock, random_id
-from services.runtime.server import (
-    PortTakenError,
-    ServiceServer,
-    cancel_all,
-    start_metrics,
-    wait_for_stop,
-)
-from services.runtime.settings import SettingsError, load
+from services.runtime.process import run_process
+from services.runtime.server import ServiceServer, cancel_all, start_metrics, wait_for_stop
 from services.runtime.telemetry import Tracing, open_tracing
 
 _LOG = logging.getLogger(__name__)
@@ -68,6 +62,7 @@ class Gateway:
         self.engines = EnginePool(
             open_channel, clock, settings.max_engine_channels, settings.engine_idle_s
         )
+        conversations = Conversations(coordinator, self.engines)
         self.background = Background()
         self.sessions.equip(
             SessionParts(coordinator, self.engines, self._metrics, clock, self.background)
@@ -78,7 +73,7 @@ class Gateway:
             self.server.grpc,
         )
         inference_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(self.sessions, coordinator, ids), self.server.grpc
+            InferenceServicer(self.sessions, coordinator, conversations, ids), self.server.grpc
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
@@ -147,16 +142,5 @@ async def serve(settings: GatewaySettings) -> int:
     return 1 if gateway.failed else 0
 
 
-def main() -> int:
-    """Runs the process; returns its exit code: 0 stopped, 1 a defect, 2 bad settings or a taken port."""
-    try:
-        settings = load(GatewaySettings, os.environ)
-        logs.configure("gateway", settings.log_level)
-        return asyncio.run(serve(settings))
-    except (SettingsError, PortTakenError) as error:
-        print(f"caravan gateway: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("gateway", GatewaySettings, serve, os.environ))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
+from caravan.core.v1.scheduling_pb2 import Scheduling
 
 from services.gateway.membership import Membership, coordinator_down
 from services.gateway.metrics import Outcome
@@ -15,8 +16,6 @@ from services.runtime.errors import CaravanError, from_rpc_error
 
 Headers = tuple[tuple[str, str], ...]
 
-ROUTE_ABANDONED_S: Final = 30.0
-"""A route that nobody waits for any more may still be granted; until then it is waited for, to give the lease back."""
 
 _OUTCOMES: Final = {
     Outcome.FINISHED: pb.OUTCOME_FINISHED,
@@ -35,8 +34,30 @@ class Lease:
     address: str
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a lease is wanted for. `session_id` names a conversation, whose requests go to one engine; empty: none.
+
+    `affinity` are hashes of the prompt at its boundaries, the longest prefix last; requests go to where a prefix was computed.
+    """
+
+    request_id: str
+    model: str
+    session_id: str = ""
+    affinity: tuple[bytes, ...] = ()
+    scheduling: Scheduling = field(default_factory=Scheduling)
+
+
+def model_not_found(name: str) -> CaravanError:
+    """No engine has registered such a model."""
+    shown = name[:100]
+    return CaravanError(
+        "MODEL_NOT_FOUND", f"The model '{shown}' does not exist.", param="model", model=shown
+    )
+
+
 class CoordinatorClient:
-    """The coordinator, with errors of the table. `timeout_s` is for one call."""
+    """The coordinator, with errors of the table. `timeout_s` is for one call, but routes wait as long as they are queued."""
 
     def __init__(
         self,
@@ -48,26 +69,40 @@ class CoordinatorClient:
         self._membership = membership
         self.timeout_s = timeout_s
 
-    async def route(self, request_id: str, model: str, headers: Headers) -> Lease:
-        """A lease. Joins again where the coordinator has forgotten this gateway, once."""
+    @property
+    def is_joined(self) -> bool:
+        """Whether the coordinator was heard lately."""
+        return self._membership.is_joined
+
+    async def route(self, wanted: Wanted, headers: Headers) -> Lease:
+        """A lease, when it is the turn of the request. Joins again where the coordinator has forgotten this gateway, once."""
         gateway_id = await self._membership.gateway_id()
         try:
-            return await self._route(request_id, gateway_id, model, headers)
+            return await self._route(wanted, gateway_id, headers)
         except CaravanError as error:
             if error.reason != "SESSION_UNKNOWN":
                 raise
         gateway_id = await self._membership.renew(gateway_id)
         try:
-            return await self._route(request_id, gateway_id, model, headers)
+            return await self._route(wanted, gateway_id, headers)
         except CaravanError as error:
             if error.reason == "SESSION_UNKNOWN":
                 raise coordinator_down() from None
             raise
 
-    async def _route(self, request_id: str, gateway_id: str, model: str, headers: Headers) -> Lease:
-        request = pb.RouteRequest(request_id=request_id, gateway_id=gateway_id, model=model)
+    async def _route(self, wanted: Wanted, gateway_id: str, headers: Headers) -> Lease:
+        request = pb.RouteRequest(
+            request_id=wanted.request_id,
+            gateway_id=gateway_id,
+            model=wanted.model,
+            priority=wanted.scheduling.priority,
+            affinity=wanted.affinity,
+            session_id=wanted.session_id,
+        )
+        if wanted.scheduling.HasField("max_wait"):
+            request.max_wait.CopyFrom(wanted.scheduling.max_wait)
         try:
-            answer = await self._stub.Route(request, timeout=ROUTE_ABANDONED_S, metadata=headers)
+            answer = await self._stub.Route(request, metadata=headers)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="coordinator") from None
         lease = answer.lease
@@ -88,6 +123,14 @@ class CoordinatorClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="coordinator") from None
 
+    async def list_inflight(self) -> list[pb.InflightRequest]:
+        """The requests that wait or run, oldest first."""
+        try:
+            answer = await self._stub.ListInflight(pb.ListInflightRequest(), timeout=self.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, service="coordinator") from None
+        return list(answer.requests)
+
     async def list_models(self) -> list[pb.Model]:
         """The models, sorted by name."""
         try:
@@ -95,3 +138,11 @@ class CoordinatorClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="coordinator") from None
         return list(answer.models)
+
+    async def list_engines(self) -> list[pb.Engine]:
+        """The engines, sorted by id."""
+        try:
+            answer = await self._stub.ListEngines(pb.ListEnginesRequest(), timeout=self.timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, service="coordinator") from None
+        return list(answer.engines)

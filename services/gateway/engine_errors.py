@@ -14,6 +14,11 @@ from services.gateway.requests import Api
 from services.runtime.errors import CaravanError
 
 _ABOUT_THE_PROMPT: Final = frozenset({"CONTEXT_LENGTH_EXCEEDED", "TEMPLATE_FAILED"})
+_OPENAI_CACHE: Final = {
+    "cache.parent_key": "caravan.parent_key",
+    "cache.session_id": "caravan.session_id",
+    "cache.salt": "caravan.cache_salt",
+}
 _TOOL_PARAMETERS: Final = re.compile(r"(tools\[\d+\])\.parameters")
 
 
@@ -24,6 +29,8 @@ def in_openai_words(error: CaravanError, api: Api) -> CaravanError:
 
 
 def _openai_name(param: str, whole: str) -> str:
+    if param.startswith("cache."):
+        return _OPENAI_CACHE.get(param, "caravan")
     if param.startswith("sampling.grammar"):
         return "response_format"
     if param.startswith("sampling.logit_bias"):
@@ -38,17 +45,21 @@ def in_typed_words(error: CaravanError, api: Api) -> CaravanError:
     """The same error in the names of caravan.inference.v1."""
     if api is Api.COMPLETION:
         return error
-    return _renamed(error, _typed_name, "prompt.messages")
+    if api is Api.PREFILL:
+        # Its prompt may be a text too: the engine's own word says which it was.
+        return _renamed(error, lambda param: _typed_name(param, "chat"), None)
+    return _renamed(error, lambda param: _typed_name(param, "prompt"), "prompt.messages")
 
 
-def _typed_name(param: str) -> str:
+def _typed_name(param: str, field: str) -> str:
     param = _TOOL_PARAMETERS.sub(r"\1.parameters_json", param)
     ours = param.startswith(("messages", "tools", "tool_choice"))
-    return f"prompt.{param}" if ours else param
+    return f"{field}.{param}" if ours else param
 
 
-def _renamed(error: CaravanError, rename: Callable[[str], str], whole: str) -> CaravanError:
-    if error.reason in _ABOUT_THE_PROMPT:
+def _renamed(error: CaravanError, rename: Callable[[str], str], whole: str | None) -> CaravanError:
+    """`whole` is the name for the prompt as a whole; None: what the engine blames is renamed like any field."""
+    if error.reason in _ABOUT_THE_PROMPT and whole is not None:
         param: str | None = whole
     else:
         param = None if error.param is None else rename(error.param)

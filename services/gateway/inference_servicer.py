@@ -12,6 +12,9 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.inference.v1 import inference_service_pb2 as pb
 from caravan.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
+from services.gateway import rules
+from services.gateway.cache_options import check_session_id
+from services.gateway.conversations import Conversations
 from services.gateway.coordinator import CoordinatorClient
 from services.gateway.engine_errors import in_typed_words
 from services.gateway.requests import Api, InferenceRequest
@@ -24,7 +27,7 @@ from services.gateway.rpc_metadata import (
 )
 from services.gateway.session import RequestSession
 from services.gateway.sessions import Sessions
-from services.gateway.typed_request import from_chat, from_complete
+from services.gateway.typed_request import from_chat, from_complete, from_prefill_only
 from services.runtime.clock import IdSource
 from services.runtime.errors import CaravanError
 
@@ -32,9 +35,16 @@ from services.runtime.errors import CaravanError
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Translates between typed messages and sessions."""
 
-    def __init__(self, sessions: Sessions, coordinator: CoordinatorClient, ids: IdSource) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        coordinator: CoordinatorClient,
+        conversations: Conversations,
+        ids: IdSource,
+    ) -> None:
         self._sessions = sessions
         self._coordinator = coordinator
+        self._conversations = conversations
         self._ids = ids
 
     def Chat(
@@ -48,6 +58,34 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return self._answer(
             Api.COMPLETION, lambda: from_complete(request), context, pb.CompleteResponse
         )
+
+    async def PrefillOnly(
+        self, request: pb.PrefillOnlyRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.PrefillOnlyResponse:
+        request_id = self._ids("req")
+        session: RequestSession | None = None
+        try:
+            session = self._open(
+                Api.PREFILL, lambda: from_prefill_only(request), context, request_id
+            )
+            event = await session.next()
+            assert event is not None, "silence was not asked for"
+            await send_request_id(context, request_id)
+            return _prefilled(event.finished, session.engine_id)
+        except CaravanError as error:
+            shown = error if session is None else in_typed_words(error, Api.PREFILL)
+            await abort(context, shown, request_id, openai=False)
+        finally:
+            if session is not None:
+                session.close()
+
+    async def EndSession(
+        self, request: pb.EndSessionRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.EndSessionResponse:
+        rules.check_model_name(request.model)
+        check_session_id(request.session_id, "session_id")
+        found = await self._conversations.end(request.model, request.session_id)
+        return pb.EndSessionResponse(found=found)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -128,6 +166,7 @@ def _started(started: engine_pb.Started, session: RequestSession) -> pb.Started:
         prompt_tokens=started.prompt_tokens,
         cached_tokens=started.cached_tokens,
         engine_id=session.engine_id,
+        cache_hit=started.cache_hit,
     )
 
 
@@ -141,4 +180,19 @@ def _delta(delta: engine_pb.Delta) -> pb.Delta:
 
 
 def _finished(finished: engine_pb.Finished) -> pb.Finished:
-    return pb.Finished(reason=finished.reason, usage=finished.usage)
+    return pb.Finished(
+        reason=finished.reason,
+        usage=finished.usage,
+        finish_key=finished.finish_key,
+        cache_hit=finished.cache_hit,
+    )
+
+
+def _prefilled(finished: engine_pb.Finished, engine_id: str) -> pb.PrefillOnlyResponse:
+    return pb.PrefillOnlyResponse(
+        prompt_tokens=finished.usage.prompt_tokens,
+        cached_tokens=finished.usage.cached_tokens,
+        cache_hit=finished.cache_hit,
+        finish_key=finished.finish_key,
+        engine_id=engine_id,
+    )

@@ -56,6 +56,11 @@ class Membership:
         self._heard_at = 0.0
         self._interval_s = timeout_s
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether there is a session, or one is being renewed."""
+        return self._joined.is_set() or self._renewing
+
     async def gateway_id(self) -> str:
         """The id of the session; waits only while a session is being renewed. Raises SERVICE_UNAVAILABLE."""
         if self._renewing:

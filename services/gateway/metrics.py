@@ -1,4 +1,4 @@
-"""Every series of the gateway. Label values come from enums only."""
+"""Every series of the gateway. Label values come from enums, and from the names of models within a bound."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
+from caravan.core.v1 import generation_pb2
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from services.gateway.requests import Api
@@ -19,6 +21,16 @@ _INTER_TOKEN_S: Final = (
 _DURATION_S: Final = (
     0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0,
 )  # fmt: skip
+
+MODEL_LABELS_MAX: Final = 64
+"""Models with series of their own; the others share one."""
+OTHER_MODELS: Final = "(others)"
+
+_HITS: Final = {
+    generation_pb2.CACHE_HIT_PARTIAL: "partial",
+    generation_pb2.CACHE_HIT_EXACT: "exact",
+    generation_pb2.CACHE_HIT_RESIDENT: "resident",
+}
 
 
 class Outcome(Enum):
@@ -75,6 +87,19 @@ class GatewayMetrics:
             "Leases that could not be released; the coordinator sweeps them with the session.",
             registry=registry,
         )
+        self._prompt_tokens = Counter(
+            "caravan_gateway_prompt_tokens_total",
+            "Tokens of the prompts of finished requests.",
+            ["model"],
+            registry=registry,
+        )
+        self._cached_tokens = Counter(
+            "caravan_gateway_cached_prompt_tokens_total",
+            "Those of them whose KV state was reused.",
+            ["model", "hit"],
+            registry=registry,
+        )
+        self._models: set[str] = set()
         for api in Api:
             for outcome in Outcome:
                 self._requests.labels(api.value, outcome.value)
@@ -83,6 +108,16 @@ class GatewayMetrics:
         """One request that ended."""
         self._requests.labels(api.value, outcome.value).inc()
         self._duration.observe(duration_s)
+
+    def count_prompt(self, model: str, finished: engine_pb.Finished) -> None:
+        """A request of this model finished; an engine answered, so the model exists."""
+        if model not in self._models and len(self._models) >= MODEL_LABELS_MAX:
+            model = OTHER_MODELS
+        self._models.add(model)
+        self._prompt_tokens.labels(model).inc(finished.usage.prompt_tokens)
+        hit = _HITS.get(finished.cache_hit)
+        if hit is not None:
+            self._cached_tokens.labels(model, hit).inc(finished.usage.cached_tokens)
 
     def observe_first_token(self, seconds: float) -> None:
         """The first tokens of a request came."""

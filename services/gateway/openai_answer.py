@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from caravan.core.v1 import generation_pb2
+from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.gateway.requests import Api
 from services.runtime.errors import CaravanError
@@ -17,6 +18,13 @@ _REASONS: Final = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
     generation_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+}
+
+_HITS: Final = {
+    generation_pb2.CACHE_HIT_COLD: "cold",
+    generation_pb2.CACHE_HIT_PARTIAL: "partial",
+    generation_pb2.CACHE_HIT_EXACT: "exact",
+    generation_pb2.CACHE_HIT_RESIDENT: "resident",
 }
 
 
@@ -49,4 +57,13 @@ def usage(used: generation_pb2.Usage) -> dict[str, Any]:
         "completion_tokens": used.completion_tokens,
         "total_tokens": used.prompt_tokens + used.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
+    }
+
+
+def cache_part(finished: engine_pb.Finished, engine_id: str) -> dict[str, Any]:
+    """The `caravan` object of an answer. A key that was not kept, and a hit of a newer engine, are null."""
+    return {
+        "finish_key": finished.finish_key.hex() or None,
+        "cache_hit": _HITS.get(finished.cache_hit),
+        "engine_id": engine_id,
     }

@@ -56,9 +56,11 @@ CHAT_FIELDS: Final[Mapping[str, InertField]] = {
     "moderation": _refused("Nothing is moderated."),
     "parallel_tool_calls": InertField("The model may make several calls.", _only([True]), "`true`"),
     "prediction": _refused("Predicted outputs are not used."),
-    "prompt_cache_key": InertField("Nothing is kept under a key.", _text, "any string"),
-    "prompt_cache_options": _refused("Caching has no options per request."),
-    "prompt_cache_retention": _refused("Caching has no options per request."),
+    "prompt_cache_key": InertField(
+        "It is a hint for routing at OpenAI and changes no answer.", _text, "any string"
+    ),
+    "prompt_cache_options": _refused("The options of the cache are in `caravan`."),
+    "prompt_cache_retention": _refused("How long something is kept cannot be chosen."),
     "reasoning_effort": _refused("The effort cannot be chosen."),
     "safety_identifier": _LABEL,
     "service_tier": InertField(

@@ -8,7 +8,13 @@ import msgspec
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.gateway.openai_answer import SYSTEM_FINGERPRINT, AnswerHead, finish_reason, usage
+from services.gateway.openai_answer import (
+    SYSTEM_FINGERPRINT,
+    AnswerHead,
+    cache_part,
+    finish_reason,
+    usage,
+)
 from services.gateway.openai_logprobs import CompletionLogprobs, chat_tokens
 from services.gateway.requests import Api, InferenceRequest
 
@@ -21,6 +27,7 @@ class PlainAnswer:
     def __init__(self, request: InferenceRequest, head: AnswerHead) -> None:
         self._api = request.api
         self._wants_logprobs = request.generate.HasField("top_logprobs")
+        self._show_cache = request.show_cache
         self._head = head
         self._texts: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
@@ -38,8 +45,8 @@ class PlainAnswer:
             call["name"] = call["name"] or piece.name
             call["arguments"].append(piece.arguments_json)
 
-    def finished(self, finished: engine_pb.Finished) -> bytes:
-        """The JSON. Raises CANCELLED for a request that was cancelled."""
+    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+        """The JSON. `engine_id` names who answered. Raises CANCELLED for a request that was cancelled."""
         chat = self._api is Api.CHAT
         reason = finish_reason(finished.reason)
         answer = {
@@ -51,6 +58,8 @@ class PlainAnswer:
             "choices": [self._chat_choice(reason) if chat else self._text_choice(reason)],
             "usage": usage(finished.usage),
         }
+        if self._show_cache:
+            answer["caravan"] = cache_part(finished, engine_id)
         return msgspec.json.encode(answer)
 
     def _chat_choice(self, reason: str) -> dict[str, Any]:

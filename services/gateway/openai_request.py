@@ -7,7 +7,7 @@ from typing import Final
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.gateway import openai_messages, rules
+from services.gateway import cache_options, openai_messages, rules, scheduling
 from services.gateway.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, unsupported
 from services.gateway.openai_json import parse
 from services.gateway.openai_schema import ChatCompletion, Completion
@@ -23,9 +23,7 @@ def parse_chat(body: bytes) -> InferenceRequest:
     """The request of POST /v1/chat/completions."""
     given = parse(body, ChatCompletion, CHAT_FIELDS)
     rules.check_model_name(given.model)
-    generate = engine_pb.GenerateRequest(
-        sampling=_sampling(given), stop=_stop(given, _max_tokens(given))
-    )
+    generate = _generate(given, _max_tokens(given))
     openai_messages.add_chat(given, generate)
     if given.top_logprobs is not None:
         check_range("top_logprobs", given.top_logprobs, "top_logprobs")
@@ -33,24 +31,39 @@ def parse_chat(body: bytes) -> InferenceRequest:
             raise invalid("top_logprobs", "it is only allowed when 'logprobs' is true.")
     if given.logprobs:
         generate.top_logprobs = given.top_logprobs or 0
-    return InferenceRequest(
-        Api.CHAT, given.model, generate, bool(given.stream), _include_usage(given)
-    )
+    return _request(Api.CHAT, given, generate)
 
 
 def parse_completion(body: bytes) -> InferenceRequest:
     """The request of POST /v1/completions."""
     given = parse(body, Completion, COMPLETION_FIELDS)
     rules.check_model_name(given.model)
-    generate = engine_pb.GenerateRequest(
-        sampling=_sampling(given), stop=_stop(given, ("max_tokens", given.max_tokens))
-    )
+    generate = _generate(given, ("max_tokens", given.max_tokens))
     _add_prompt(given.prompt, generate)
     if given.logprobs is not None:
         check_range("top_logprobs", given.logprobs, "logprobs", _COMPLETION_LOGPROBS)
         generate.top_logprobs = given.logprobs
+    return _request(Api.COMPLETION, given, generate)
+
+
+def _generate(given: _Common, max_tokens: tuple[str, int | None]) -> engine_pb.GenerateRequest:
+    """Everything but the prompt."""
+    return engine_pb.GenerateRequest(
+        sampling=_sampling(given),
+        stop=_stop(given, max_tokens),
+        cache=cache_options.from_openai(given),
+    )
+
+
+def _request(api: Api, given: _Common, generate: engine_pb.GenerateRequest) -> InferenceRequest:
     return InferenceRequest(
-        Api.COMPLETION, given.model, generate, bool(given.stream), _include_usage(given)
+        api,
+        given.model,
+        generate,
+        stream=bool(given.stream),
+        include_usage=_include_usage(given),
+        show_cache=given.caravan is not None,
+        scheduling=scheduling.from_openai(given),
     )
 
 

@@ -188,10 +188,23 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class _Sampling(_Strict, kw_only=True):
-    """Fields that both endpoints share."""
+class Caravan(_Strict):
+    """Our own extensions."""
+
+    parent_key: str | None = None
+    session_id: str | None = None
+    cache_salt: str | None = None
+    cache: bool | None = None
+    priority: str | None = None
+    max_wait: float | None = None
+
+
+class _Shared(_Strict, kw_only=True):
+    """Fields of both endpoints."""
 
     model: str
+    cache_salt: str | None = None
+    caravan: Caravan | None = None
     frequency_penalty: float | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
@@ -209,7 +222,7 @@ class _Sampling(_Strict, kw_only=True):
     top_p: float | None = None
 
 
-class ChatCompletion(_Sampling, kw_only=True):
+class ChatCompletion(_Shared, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message]
@@ -221,7 +234,7 @@ class ChatCompletion(_Sampling, kw_only=True):
     top_logprobs: int | None = None
 
 
-class Completion(_Sampling, kw_only=True):
+class Completion(_Shared, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]

@@ -16,9 +16,10 @@ from caravan.openai.v1 import openai_service_pb2_grpc as pb_grpc
 from google.api.httpbody_pb2 import HttpBody
 
 from services.gateway import openai_plain, openai_stream
-from services.gateway.coordinator import CoordinatorClient
+from services.gateway.coordinator import CoordinatorClient, model_not_found
 from services.gateway.engine_errors import in_openai_words
 from services.gateway.openai_answer import AnswerHead
+from services.gateway.openai_inflight import listed
 from services.gateway.openai_request import parse_chat, parse_completion
 from services.gateway.requests import Api, InferenceRequest
 from services.gateway.rpc_metadata import (
@@ -90,12 +91,20 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
         for model in await self._coordinator.list_models():
             if model.name == request.model:
                 return pb.GetModelResponse(body=_json_body(_model(model)))
-        raise CaravanError(
-            "MODEL_NOT_FOUND",
-            f"The model '{request.model[:100]}' does not exist.",
-            param="model",
-            model=request.model[:100],
-        )
+        raise model_not_found(request.model)
+
+    async def ListRequests(
+        self, request: pb.ListRequestsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListRequestsResponse:
+        requests = [listed(inflight) for inflight in await self._coordinator.list_inflight()]
+        return pb.ListRequestsResponse(body=_json_body({"object": "list", "data": requests}))
+
+    async def CancelRequest(
+        self, request: pb.CancelRequestRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.CancelRequestResponse:
+        await self._coordinator.cancel(request.request_id)
+        cancelled = {"id": request.request_id, "object": "request", "status": "cancelling"}
+        return pb.CancelRequestResponse(body=_json_body(cancelled))
 
     async def _answer(
         self, api: Api, parse: Parse, body: bytes, context: Context, response: type[Response]
@@ -115,7 +124,7 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
             ended = False
             while not ended:
                 event = await session.next(self._keepalive_s)
-                data, ended = _show(stream, event)
+                data, ended = _show(stream, event, session.engine_id)
                 # A client that reads slowly gets several deltas in one message: fewer writes for the same chunks.
                 while not ended and (delta := session.next_delta()) is not None:
                     data += stream.delta(delta)
@@ -151,15 +160,15 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
         return request, session
 
 
-def _show(stream: openai_stream.AnswerStream, event: Any) -> tuple[bytes, bool]:
-    """Bytes for an event, and whether it is the last."""
+def _show(stream: openai_stream.AnswerStream, event: Any, engine_id: str) -> tuple[bytes, bool]:
+    """Bytes for an event of an engine, and whether it is the last."""
     if event is None:
         return openai_stream.KEEPALIVE, False
     kind = event.WhichOneof("event")
     if kind == "delta":
         return stream.delta(event.delta), False
     if kind == "finished":
-        return stream.finished(event.finished), True
+        return stream.finished(event.finished, engine_id), True
     return b"", False
 
 
@@ -172,7 +181,7 @@ async def _collect(request: InferenceRequest, session: RequestSession, head: Ans
         if kind == "delta":
             answer.delta(event.delta)
         elif kind == "finished":
-            return answer.finished(event.finished)
+            return answer.finished(event.finished, session.engine_id)
 
 
 def _as_shown(caught: Exception, api: Api, *, of_engine: bool) -> CaravanError:

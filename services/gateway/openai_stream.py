@@ -12,7 +12,13 @@ import msgspec
 from caravan.core.v1 import chat_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.gateway.openai_answer import SYSTEM_FINGERPRINT, AnswerHead, finish_reason, usage
+from services.gateway.openai_answer import (
+    SYSTEM_FINGERPRINT,
+    AnswerHead,
+    cache_part,
+    finish_reason,
+    usage,
+)
 from services.gateway.openai_logprobs import CompletionLogprobs, chat_tokens
 from services.gateway.requests import Api, InferenceRequest
 from services.runtime.errors import CaravanError
@@ -37,8 +43,8 @@ class AnswerStream(Protocol):
         """The events for one delta; empty where it shows nothing."""
         ...
 
-    def finished(self, finished: engine_pb.Finished) -> bytes:
-        """The last events. Raises CANCELLED for a request that was cancelled."""
+    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+        """The last events. `engine_id` names who answered. Raises CANCELLED for a request that was cancelled."""
         ...
 
 
@@ -46,8 +52,8 @@ def open_stream(request: InferenceRequest, head: AnswerHead) -> AnswerStream:
     """The stream for a request."""
     logprobs = request.generate.HasField("top_logprobs")
     if request.api is Api.CHAT:
-        return _ChatStream(head, request.include_usage, logprobs)
-    return _CompletionStream(head, request.include_usage, logprobs)
+        return _ChatStream(_Chunks("chat.completion.chunk", request, head), logprobs)
+    return _CompletionStream(_Chunks("text_completion", request, head), logprobs)
 
 
 def error_event(error: CaravanError) -> bytes:
@@ -70,34 +76,38 @@ def _event(value: object) -> bytes:
 class _Chunks:
     """The parts of chunks that never change: head, then `choices`, then tail."""
 
-    def __init__(self, answer_id: str, kind: str, head: AnswerHead, include_usage: bool) -> None:
+    def __init__(self, kind: str, request: InferenceRequest, head: AnswerHead) -> None:
         fields = {
-            "id": answer_id,
+            "id": head.answer_id(request.api),
             "object": kind,
             "created": head.created,
             "model": head.model,
             "system_fingerprint": SYSTEM_FINGERPRINT,
         }
         self.head = b'data: %b,"choices":' % _json(fields)[:-1]
-        self.tail = (b',"usage":null' if include_usage else b"") + b"}\n\n"
-        self._include_usage = include_usage
+        self.tail = (b',"usage":null' if request.include_usage else b"") + b"}\n\n"
+        self._include_usage = request.include_usage
+        self._show_cache = request.show_cache
 
     def choice(self, choice: dict[str, Any]) -> bytes:
         """A whole chunk with one choice."""
         return b"%b%b%b" % (self.head, _json([choice]), self.tail)
 
-    def end(self, finished: engine_pb.Finished) -> bytes:
-        """The usage chunk, if asked for, and [DONE]."""
+    def last(self, choice: dict[str, Any], finished: engine_pb.Finished, engine_id: str) -> bytes:
+        """The chunk that ends the choice, the usage chunk if asked for, and [DONE]."""
+        cache = b""
+        if self._show_cache:
+            cache = b',"caravan":%b' % _json(cache_part(finished, engine_id))
+        ended = b"%b%b%b%b" % (self.head, _json([choice]), cache, self.tail)
         if not self._include_usage:
-            return DONE
-        return b'%b[],"usage":%b}\n\n%b' % (self.head, _json(usage(finished.usage)), DONE)
+            return ended + DONE
+        used = b'%b[],"usage":%b}\n\n' % (self.head, _json(usage(finished.usage)))
+        return ended + used + DONE
 
 
 class _ChatStream:
-    def __init__(self, head: AnswerHead, include_usage: bool, logprobs: bool) -> None:
-        self._chunks = _Chunks(
-            head.answer_id(Api.CHAT), "chat.completion.chunk", head, include_usage
-        )
+    def __init__(self, chunks: _Chunks, logprobs: bool) -> None:
+        self._chunks = chunks
         self._logprobs = logprobs
         self._before_text = self._chunks.head + b'[{"index":0,"delta":{"content":'
         self._after_text = b'},"logprobs":null,"finish_reason":null}]' + self._chunks.tail
@@ -114,14 +124,14 @@ class _ChatStream:
             return shown
         return self._role() + shown
 
-    def finished(self, finished: engine_pb.Finished) -> bytes:
-        reason = finish_reason(finished.reason)
+    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+        choice = self._choice({}, None, finish_reason(finished.reason))
         role = b"" if self._opened else self._role()
-        return role + self._chunk({}, None, reason) + self._chunks.end(finished)
+        return role + self._chunks.last(choice, finished, engine_id)
 
     def _role(self) -> bytes:
         self._opened = True
-        return self._chunk({"role": "assistant", "content": ""}, None, None)
+        return self._chunks.choice(self._choice({"role": "assistant", "content": ""}, None, None))
 
     def _rich(self, delta: engine_pb.Delta) -> bytes:
         content: dict[str, Any] = {}
@@ -133,12 +143,11 @@ class _ChatStream:
         if self._logprobs and delta.logprobs:
             content.setdefault("content", "")
             logprobs = {"content": chat_tokens(delta.logprobs), "refusal": None}
-        return self._chunk(content, logprobs, None) if content else b""
+        return self._chunks.choice(self._choice(content, logprobs, None)) if content else b""
 
-    def _chunk(self, delta: dict[str, Any], logprobs: object, reason: str | None) -> bytes:
-        return self._chunks.choice(
-            {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        )
+    @staticmethod
+    def _choice(delta: dict[str, Any], logprobs: object, reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 def tool_call_deltas(pieces: Sequence[chat_pb2.ToolCallDelta]) -> list[dict[str, Any]]:
@@ -161,26 +170,24 @@ def tool_call_deltas(pieces: Sequence[chat_pb2.ToolCallDelta]) -> list[dict[str,
 
 
 class _CompletionStream:
-    def __init__(self, head: AnswerHead, include_usage: bool, logprobs: bool) -> None:
-        self._chunks = _Chunks(
-            head.answer_id(Api.COMPLETION), "text_completion", head, include_usage
-        )
+    def __init__(self, chunks: _Chunks, logprobs: bool) -> None:
+        self._chunks = chunks
         self._logprobs = CompletionLogprobs() if logprobs else None
         self._before_text = self._chunks.head + b'[{"text":'
         self._after_text = b',"index":0,"logprobs":null,"finish_reason":null}]' + self._chunks.tail
 
     def delta(self, delta: engine_pb.Delta) -> bytes:
         if self._logprobs is not None and delta.logprobs:
-            return self._chunk(delta.text, self._logprobs.take(delta.logprobs), None)
+            logprobs = self._logprobs.take(delta.logprobs)
+            return self._chunks.choice(self._choice(delta.text, logprobs, None))
         if not delta.text:
             return b""
         return b"%b%b%b" % (self._before_text, _json(delta.text), self._after_text)
 
-    def finished(self, finished: engine_pb.Finished) -> bytes:
-        reason = finish_reason(finished.reason)
-        return self._chunk("", None, reason) + self._chunks.end(finished)
+    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+        choice = self._choice("", None, finish_reason(finished.reason))
+        return self._chunks.last(choice, finished, engine_id)
 
-    def _chunk(self, text: str, logprobs: object, reason: str | None) -> bytes:
-        return self._chunks.choice(
-            {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
-        )
+    @staticmethod
+    def _choice(text: str, logprobs: object, reason: str | None) -> dict[str, Any]:
+        return {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from caravan.core.v1 import scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 
@@ -13,13 +14,14 @@ class Api(Enum):
 
     CHAT = "chat"
     COMPLETION = "completion"
+    PREFILL = "prefill"
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """A valid request: what the engine must do, and how the answer is shown.
 
-    The session that takes the request sets `generate.request_id`; nobody else changes `generate`.
+    For Api.PREFILL `generate` has a prompt and cache options only. The session that takes the request sets `generate.request_id`; nobody else changes `generate`.
     """
 
     api: Api
@@ -29,8 +31,7 @@ class InferenceRequest:
     """Server-sent events instead of one JSON answer. OpenAI API only."""
     include_usage: bool = False
     """A last chunk with the usage. Only with `stream`."""
-
-    @property
-    def prompt_field(self) -> str:
-        """Name of the field that holds the prompt in the OpenAI API."""
-        return "messages" if self.api is Api.CHAT else "prompt"
+    show_cache: bool = False
+    """Tell what the KV cache did. OpenAI API only."""
+    scheduling: scheduling_pb2.Scheduling = field(default_factory=scheduling_pb2.Scheduling)
+    """When it starts, relative to others."""

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import grpc
 from caravan.core.v1 import generation_pb2
@@ -18,10 +18,12 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from grpc_status import rpc_status
 
 from services.gateway.background import Background
-from services.gateway.coordinator import CoordinatorClient, Lease
+from services.gateway.coordinator import CoordinatorClient, Lease, Wanted
+from services.gateway.engine_calls import EngineCall, begin
 from services.gateway.engines import EnginePool
 from services.gateway.membership import coordinator_down
 from services.gateway.metrics import GatewayMetrics, Outcome
+from services.gateway.prefix_hashes import prefix_hashes
 from services.gateway.relay import Relay
 from services.gateway.requests import InferenceRequest
 from services.runtime.clock import Clock
@@ -77,6 +79,13 @@ class RequestSession:
         self._began = False
         self._any_tokens = False
         request.generate.request_id = request_id
+        self._wanted = Wanted(
+            request_id,
+            request.model,
+            request.generate.cache.session_id,
+            prefix_hashes(request.model, request.generate),
+            request.scheduling,
+        )
         self._task = asyncio.create_task(self._run())
 
     @property
@@ -148,27 +157,36 @@ class RequestSession:
         raise AssertionError("the last attempt returns or raises")
 
     async def _route(self) -> Lease:
-        """Takes a lease. A grant that comes after the session has given up is given back."""
-        coordinator = self._parts.coordinator
+        """Takes a lease, when it is the turn of the request. One that comes after the session has given up is given back."""
         routing = self._parts.background.spawn(
-            coordinator.route(self.request_id, self._request.model, self._span.headers())
+            self._parts.coordinator.route(self._wanted, self._span.headers())
         )
-        wait_s = min(coordinator.timeout_s, self._remaining_s(coordinator.timeout_s))
         try:
-            await asyncio.wait({routing}, timeout=wait_s)
-        except asyncio.CancelledError:
+            await self._routed(routing)
+        except (CaravanError, asyncio.CancelledError):
             self._parts.background.spawn(self._give_back(routing))
             raise
-        if not routing.done():
-            self._parts.background.spawn(self._give_back(routing))
-            self._check_deadline()
-            raise coordinator_down()
         lease = routing.result()
         self.engine_id = lease.engine_id
         self._span.set(caravan__engine_id=lease.engine_id)
         return lease
 
+    async def _routed(self, routing: asyncio.Task[Lease]) -> None:
+        """Waits for the answer, for as long as the coordinator is there. Raises DEADLINE_EXCEEDED, SERVICE_UNAVAILABLE."""
+        coordinator = self._parts.coordinator
+        while not routing.done():
+            tick_s = min(coordinator.timeout_s, self._remaining_s(coordinator.timeout_s))
+            await asyncio.wait({routing}, timeout=tick_s)
+            if not routing.done():
+                self._check_deadline()
+                if not coordinator.is_joined:
+                    raise coordinator_down()
+
     async def _give_back(self, routing: asyncio.Task[Lease]) -> None:
+        # Without the answer nobody could tell whether a grant is on its way; the cancel makes it come at once.
+        with contextlib.suppress(CaravanError):
+            if not routing.done():
+                await self._parts.coordinator.cancel(self.request_id)
         try:
             lease = await routing
         except CaravanError:
@@ -186,11 +204,8 @@ class RequestSession:
     async def _generate(self, lease: Lease) -> Outcome:
         async with self._parts.engines.use(lease.address) as engine:
             self._check_deadline()
-            call = engine.Generate(
-                self._request.generate,
-                timeout=None if self._deadline is None else self._remaining_s(0.0),
-                metadata=self._span.headers(),
-            )
+            timeout_s = None if self._deadline is None else self._remaining_s(0.0)
+            call = begin(engine, self._request, timeout_s, self._span.headers())
             try:
                 return await self._relay_events(call, lease)
             except grpc.aio.AioRpcError as error:
@@ -202,7 +217,7 @@ class RequestSession:
                 # The end of the call frees the sequence. grpc.aio does not cancel calls that are merely forgotten.
                 call.cancel()
 
-    async def _relay_events(self, call: Any, lease: Lease) -> Outcome:
+    async def _relay_events(self, call: EngineCall, lease: Lease) -> Outcome:
         while True:
             event = await call.read()
             if event is grpc.aio.EOF:
@@ -241,6 +256,7 @@ class RequestSession:
         self._last_tokens = now
 
     def _note_finished(self, finished: engine_pb.Finished) -> None:
+        self._parts.metrics.count_prompt(self._request.model, finished)
         self._span.set(
             gen_ai__usage__input_tokens=finished.usage.prompt_tokens,
             gen_ai__usage__output_tokens=finished.usage.completion_tokens,
@@ -270,7 +286,7 @@ def _engine_lost(lease: Lease) -> CaravanError:
     )
 
 
-async def _read_to_end(call: Any) -> None:
+async def _read_to_end(call: EngineCall) -> None:
     """Lets the engine end its call by itself, so that it does not count a finished request as cancelled."""
     with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
         async with asyncio.timeout(_LAST_READ_S):

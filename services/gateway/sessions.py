@@ -9,7 +9,7 @@ from services.gateway.session import RequestSession, SessionParts, outcome_of
 from services.runtime.errors import CaravanError
 from services.runtime.telemetry import Metadata, Tracing
 
-_OPERATIONS = {Api.CHAT: "chat", Api.COMPLETION: "text_completion"}
+_OPERATIONS = {Api.CHAT: "chat", Api.COMPLETION: "text_completion", Api.PREFILL: "prefill"}
 CLIENT_REQUEST_ID_MAX = 128
 
 

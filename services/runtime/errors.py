@@ -84,6 +84,7 @@ TABLE: Final[Mapping[str, ErrorRow]] = {
     "DECODE_FAILED": ErrorRow(grpc.StatusCode.INTERNAL, 500, _SERVER, "decode_failed"),
     "INTERNAL": ErrorRow(grpc.StatusCode.INTERNAL, 500, _SERVER, "internal_error"),
     "MODEL_INVALID": ErrorRow(grpc.StatusCode.FAILED_PRECONDITION, 400, _SERVER, "model_invalid"),
+    "QUEUE_TIMEOUT": ErrorRow(grpc.StatusCode.DEADLINE_EXCEEDED, 504, _SERVER, "queue_timeout"),
 }
 
 

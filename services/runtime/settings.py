@@ -6,12 +6,14 @@ A field is declared with `setting(...)`, which holds its environment variable, d
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 T = TypeVar("T")
 _META = "caravan"
+_UNITS: Final = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 class SettingsError(ValueError):
@@ -84,6 +86,14 @@ def number(minimum: float, maximum: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes, with KiB, MiB, GiB or TiB behind it or nothing."""
+    found = re.fullmatch(r"(\d{1,15})([KMGT]iB)?", text, re.ASCII)
+    if found is None:
+        raise ValueError("not a number of bytes such as 512MiB")
+    return int(found[1]) * _UNITS[found[2] or ""]
 
 
 def choice(*options: str) -> Callable[[str], str]:

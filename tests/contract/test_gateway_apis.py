@@ -19,16 +19,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from services.runtime.errors import CaravanError, from_rpc_error
 from services.runtime.telemetry import OtelTracing
 from tests.support.coordinator import until
-from tests.support.gateway import (
-    Step,
-    delta,
-    error_of,
-    finished,
-    hang,
-    openai_error,
-    running,
-    started,
-)
+from tests.support.gateway import error_of, openai_error, running
+from tests.support.gateway_peers import Step, delta, finished, hang, started
 
 PROMPT = chat_pb2.ChatPrompt(messages=[chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content="hi")])
 

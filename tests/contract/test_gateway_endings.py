@@ -13,18 +13,8 @@ from caravan.core.v1 import generation_pb2
 
 from services.runtime.errors import CaravanError, from_rpc_error
 from tests.support.coordinator import until
-from tests.support.gateway import (
-    ANSWER,
-    FakeEngine,
-    Rig,
-    delta,
-    error_of,
-    finished,
-    hang,
-    openai_error,
-    running,
-    started,
-)
+from tests.support.gateway import Rig, error_of, openai_error, running
+from tests.support.gateway_peers import ANSWER, FakeEngine, delta, finished, hang, started
 
 LEFT_S = 2.0
 """More than a client that has left should hold anything, on a busy machine."""
@@ -232,21 +222,25 @@ async def test_a_client_that_leaves_while_the_route_is_asked_for() -> None:
         assert rig.engine.requests == []
 
 
-async def test_a_slow_coordinator_is_not_waited_for() -> None:
-    """The client is told after the time for one call; a lease that comes later is given back."""
+async def test_a_coordinator_that_hangs_is_not_waited_for() -> None:
+    """The client is told when the session with it is over; nothing of the request is left when it wakes up."""
     answer = asyncio.Event()
 
     async def wait() -> None:
         await answer.wait()
 
-    async with running(coordinator_timeout_s=0.2) as rig:
+    async with running(coordinator_timeout_s=0.2, interval_ms=50) as rig:
         rig.coordinator.refusals = [wait]
-        error = await error_of(rig.chat())
+        call = rig.chat()
+        await until(lambda: len(rig.coordinator.routes) == 1)
+        rig.coordinator.silent = rig.coordinator.deaf = True
+        error = await error_of(call)
         known = from_rpc_error(error, service="gateway")
         assert (known.reason, known.metadata["service"]) == ("SERVICE_UNAVAILABLE", "coordinator")
         assert known.retry_after_s is not None
         answer.set()
-        await until(lambda: rig.coordinator.outcomes == ["CANCELLED"])
+        await until(lambda: len(rig.gateway.background) == 0)
+        assert not rig.coordinator.held
 
 
 async def test_the_deadline_of_the_client_reaches_the_engine() -> None:

@@ -10,7 +10,8 @@ import sys
 
 from services.runtime.errors import CaravanError, from_rpc_error
 from tests.support.coordinator import until
-from tests.support.gateway import FakeEngine, error_of, hang, running, until_serving
+from tests.support.gateway import error_of, running, until_serving
+from tests.support.gateway_peers import FakeEngine, hang
 from tests.support.ports import free_port
 
 

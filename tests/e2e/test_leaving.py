@@ -47,7 +47,8 @@ def test_while_it_answers(stack: Stack, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "plain"])
 def test_before_the_first_chunk(stack: Stack, stream: bool) -> None:
     """A client that leaves while its prompt is computed."""
-    client = _send(stack, chat_body("prefill", "word " * 300, stream=stream))
+    cold = {"cache": False}
+    client = _send(stack, chat_body("prefill", "word " * 300, stream=stream, caravan=cold))
     wait_for(lambda: stack.inflight(PREFILL_ENGINE), "it is being computed")
     client.close()
     assert _freed_within(stack, PREFILL_ENGINE) < 2.0  # one chunk of the prompt, 5 ms a token

@@ -35,7 +35,7 @@ def _answers(stack: Stack, model: str = "fast") -> bool:
         return False
 
 
-@pytest.mark.parametrize("name", ["engine-0", "gateway", "coordinator", "envoy"])
+@pytest.mark.parametrize("name", ["engine-0", "gateway", "coordinator", "cache", "envoy"])
 def test_what_is_killed_comes_back(mortal: Stack, name: str) -> None:
     """kill -9 of any process: it runs again at the same address, endpoints.json is true, requests work, others stayed."""
     before = mortal.processes()
@@ -98,7 +98,7 @@ def test_ctrl_c_finishes_what_runs(tmp_path: Path) -> None:
     with running(tmp_path, MODELS) as stack:
         pids = list(stack.pids().values())
         addresses = _listening(stack)
-        assert len(addresses) == len(pids) == 5
+        assert len(addresses) == len(pids) == 6
         body = chat_body("slow", max_tokens=50, ignore_eos=True, stream=True)
         with (
             httpx.Client(base_url=stack.url, timeout=20) as client,

@@ -80,13 +80,13 @@ def test_one_trace_across_three_services(http: httpx.Client, collector: Collecto
 
 
 def test_all_but_the_engines_are_small(stack: Stack) -> None:
-    """Envoy, gateway, coordinator, `caravan up` and its lifeline together stay below 400 MB."""
+    """Envoy, gateway, coordinator, cache service, `caravan up` and its lifeline together stay below 400 MB."""
     others = [pid for name, pid in stack.pids().items() if not name.startswith("engine-")]
     own = psutil.Process(stack.process.pid)
     engines = {pid for name, pid in stack.pids().items() if name.startswith("engine-")}
     family = {own.pid, *others, *(child.pid for child in own.children())} - engines
     resident = {pid: psutil.Process(pid).memory_info().rss for pid in family}
-    assert len(family) == 5
+    assert len(family) == 6
     assert sum(resident.values()) <= 400_000_000, resident
 
 

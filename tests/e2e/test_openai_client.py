@@ -99,7 +99,9 @@ def test_capacity(stack: Stack, client: openai.OpenAI) -> None:
         for stream in streams:
             next(stream)
         with pytest.raises(openai.RateLimitError) as caught:
-            client.chat.completions.create(model="slow", messages=ASK)
+            client.chat.completions.create(
+                model="slow", messages=ASK, extra_body={"caravan": {"max_wait": 0}}
+            )
         assert caught.value.code == "capacity_exhausted"
         assert int(caught.value.response.headers["retry-after"]) >= 1
     finally:

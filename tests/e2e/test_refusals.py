@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.ports import free_port
@@ -31,7 +33,7 @@ def test_a_taken_port(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 1
     assert f"port {port}" in lines[0]
-    assert "is taken by python" in lines[0]
+    assert f"is taken by {psutil.Process().name()} (process {os.getpid()})" in lines[0]
     assert not (tmp_path / "endpoints.json").exists()
 
 

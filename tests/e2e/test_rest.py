@@ -6,12 +6,14 @@ import contextlib
 import http.client
 import json
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.support.stack import CHAT, Stack, chat_body, endless
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -64,6 +66,9 @@ def test_answers_carry_the_request_id(http: httpx.Client) -> None:
         ("GET", "/v1/nothing", 404, "unknown_url"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("POST", "/v1/models", 405, "method_not_allowed"),
+        ("POST", "/v1/requests", 405, "method_not_allowed"),
+        ("GET", "/v1/requests/req-1/cancel", 405, "method_not_allowed"),
+        ("POST", "/v1/requests/req-1/cancel", 404, "request_not_found"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
         ("POST", CHAT, 400, "invalid_json"),
     ],
@@ -101,7 +106,8 @@ def test_ten_megabytes_are_answered_in_order(http: httpx.Client) -> None:
 
 def test_comments_keep_silent_streams_alive(http: httpx.Client) -> None:
     """While the prompt is computed, the stream carries comments that clients ignore."""
-    body = chat_body("prefill", "word " * 40, max_tokens=3, stream=True)
+    cold = {"cache": False}
+    body = chat_body("prefill", "word " * 40, max_tokens=3, stream=True, caravan=cold)
     response = http.post(CHAT, json=body)
     head = response.text.split("data:")[0]
     assert head.startswith(":")
@@ -109,18 +115,42 @@ def test_comments_keep_silent_streams_alive(http: httpx.Client) -> None:
 
 
 def test_beyond_the_capacity_is_429(stack: Stack, http: httpx.Client) -> None:
-    """When all sequences are taken the next request is refused at once, with a time to come back; then there is room."""
+    """When all sequences are taken, who may not wait is refused at once, with a time to come back; then there is room."""
     with (
         httpx.Client(base_url=stack.url, timeout=30) as filler,
         _Streams(filler, endless("slow", stream=True), 8),
     ):
-        refused = http.post(CHAT, json=chat_body("slow"))
+        refused = http.post(CHAT, json=chat_body("slow", caravan={"max_wait": 0}))
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "capacity_exhausted"
         assert int(refused.headers["retry-after"]) >= 1
         assert http.post(CHAT, json=chat_body("fast", max_tokens=1)).status_code == 200
     stack.wait_until_free()
     assert http.post(CHAT, json=chat_body("slow", max_tokens=1)).status_code == 200
+
+
+def test_beyond_the_capacity_requests_wait(stack: Stack, http: httpx.Client) -> None:
+    """They are listed as queued; one that is cancelled over REST ends as 499, the others are answered when there is room."""
+    waiting = [chat_body("slow", max_tokens=1, caravan={"priority": p}) for p in ("high", "normal")]
+    with futures.ThreadPoolExecutor(2) as pool:
+        with (
+            httpx.Client(base_url=stack.url, timeout=30) as filler,
+            _Streams(filler, endless("slow", stream=True), 8),
+        ):
+            answers = [pool.submit(http.post, CHAT, json=body) for body in waiting]
+            wait_for(lambda: len(_queued(http)) == 2, "both wait")
+            cancelled = next(r["id"] for r in _queued(http) if r["priority"] == "normal")
+            done = http.post(f"/v1/requests/{cancelled}/cancel")
+            assert (done.status_code, done.json()["status"]) == (200, "cancelling")
+            assert answers[1].result(10).status_code == 499
+            assert http.post(f"/v1/requests/{cancelled}/cancel").status_code == 404
+        assert answers[0].result(10).status_code == 200
+    stack.wait_until_free()
+
+
+def _queued(http: httpx.Client) -> list[Any]:
+    requests = http.get("/v1/requests").json()["data"]
+    return [request for request in requests if request["status"] == "queued"]
 
 
 def test_a_connection_is_kept(stack: Stack) -> None:

@@ -14,9 +14,11 @@ from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.limits import Limits
 from services.coordinator.metrics import CoordinatorMetrics
+from services.coordinator.routing import LeastLoaded, Policy
 from services.coordinator.servicer import CoordinatorServicer
-from services.coordinator.state import CoordinatorState, Limits
+from services.coordinator.state import CoordinatorState
 from services.runtime.channel import open_channel
 from services.runtime.clock import CountingIds, ManualClock
 from services.runtime.errors import CaravanError, from_rpc_error
@@ -47,9 +49,14 @@ class EnginePeer:
     """The engine's side of JoinEngine."""
 
     def __init__(
-        self, stub: pb_grpc.CoordinatorServiceAsyncStub, engine_id: str, model: str = "demo"
+        self,
+        stub: pb_grpc.CoordinatorServiceAsyncStub,
+        engine_id: str,
+        model: str = "demo",
+        address: str = "127.0.0.1:7010",
     ) -> None:
         self._call = stub.JoinEngine()
+        self.address = address
         self.engine_id = engine_id
         self.model = engine_pb.ModelInfo(name=model, max_sequences=2, context_tokens=512)
 
@@ -57,7 +64,7 @@ class EnginePeer:
         """Registers; returns when the coordinator has taken it."""
         registration = pb.EngineRegistration(
             engine_id=self.engine_id,
-            address="127.0.0.1:7010",
+            address=self.address,
             model=self.model,
             load=engine_pb.EngineLoad(phase=phase),
         )
@@ -124,10 +131,20 @@ class GatewayPeer:
         assert isinstance(response, pb.JoinGatewayResponse), "the stream ended"
         return response
 
+    def ask(
+        self, request_id: str, model: str = "demo", wait_s: float | None = None, **fields: Any
+    ) -> grpc.aio.UnaryUnaryCall[pb.RouteRequest, pb.RouteResponse]:
+        """Asks for a lease, waiting up to `wait_s` for it; None: as long as the coordinator is set to."""
+        request = pb.RouteRequest(
+            request_id=request_id, gateway_id=self.gateway_id, model=model, **fields
+        )
+        if wait_s is not None:
+            request.max_wait.FromMicroseconds(round(wait_s * 1e6))
+        return self._stub.Route(request, timeout=CALL_TIMEOUT_S)
+
     async def route(self, request_id: str, model: str = "demo") -> pb.Lease:
-        """Asks for a lease."""
-        request = pb.RouteRequest(request_id=request_id, gateway_id=self.gateway_id, model=model)
-        return (await self._stub.Route(request, timeout=CALL_TIMEOUT_S)).lease
+        """Asks for a lease, without waiting for a sequence."""
+        return (await self.ask(request_id, model, wait_s=0)).lease
 
     async def refusal(self, request_id: str, model: str = "demo") -> CaravanError:
         """Asks for a lease that must be refused; returns why."""
@@ -193,11 +210,13 @@ class Coordinator:
 
 @asynccontextmanager
 async def running_coordinator(
-    limits: Limits | None = None, tracing: Tracing | None = None
+    limits: Limits | None = None,
+    tracing: Tracing | None = None,
+    new_policy: Callable[[], Policy] = LeastLoaded,
 ) -> AsyncIterator[Coordinator]:
     """A coordinator whose clock stands still; the test moves it and calls `servicer.expire()`."""
     clock = ManualClock()
-    state = CoordinatorState(limits or Limits())
+    state = CoordinatorState(limits or Limits(), new_policy)
     registry = CollectorRegistry()
     servicer = CoordinatorServicer(
         state, CoordinatorMetrics(registry, state), tracing or NoTracing(), clock, CountingIds()
@@ -214,3 +233,4 @@ async def running_coordinator(
             await server.drain_and_stop()
     await until(lambda: not servicer._outboxes)
     assert len(state.leases) + len(state.engines) + len(state.gateways) == 0  # I6
+    assert len(state.waiting) + len(servicer._routes) == 0

@@ -17,6 +17,8 @@ from typing import Any
 import grpc
 import httpx
 import psutil
+from caravan.cache.v1 import cache_service_pb2 as cache_pb
+from caravan.cache.v1 import cache_service_pb2_grpc as cache_grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as coordinator_grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
@@ -115,6 +117,17 @@ class Stack:
     def wait_until_free(self, timeout_s: float = 5.0) -> None:
         """Returns once no request holds anything."""
         wait_for(lambda: not self.held(), "nothing is held", timeout_s)
+
+    def saved_keys(self) -> set[str]:
+        """Keys of the KV blocks that can be read from disk."""
+        with self.channel("cache") as channel:
+            rows = cache_grpc.CacheServiceStub(channel).Dump(cache_pb.DumpRequest(), timeout=5)
+            return {
+                row.block.key.hex()
+                for row in rows
+                for copy in row.copies
+                if (copy.tier, copy.state) == (cache_pb.TIER_DISK, cache_pb.COPY_STATE_AVAILABLE)
+            }
 
     def interrupt(self) -> None:
         """Ctrl-C."""

@@ -83,7 +83,7 @@ class StandIn(openai_grpc.OpenAIServiceServicer, inference_grpc.InferenceService
     def CreateCompletion(self, request: Any, context: Any) -> Any:
         context.abort(grpc.StatusCode.UNIMPLEMENTED, "not scripted")
 
-    Chat = Complete = CancelRequest = CreateCompletion
+    Chat = Complete = CancelRequest = ListRequests = PrefillOnly = EndSession = CreateCompletion
 
     def GetModel(
         self, request: openai_pb.GetModelRequest, context: Any

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from services.gateway.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS, InertField
-from services.gateway.openai_schema import ChatCompletion, Completion
+from services.gateway.openai_schema import Caravan, ChatCompletion, Completion
 from services.runtime.errors import TABLE
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "API.md").read_text()
@@ -66,6 +66,8 @@ def test_every_field_is_described() -> None:
     completion = "".join(_rows("`POST /v1/completions`"))
     for name in ChatCompletion.__struct_fields__:
         assert f"`{name}" in chat, name
+    for name in Caravan.__struct_fields__:
+        assert f"| `caravan.{name}` |" in chat, name
     whole = completion + _section("`POST /v1/completions`") + chat
     for name in Completion.__struct_fields__:
         assert f"`{name}" in whole, name

@@ -21,6 +21,9 @@ from services.runtime.errors import CaravanError
         ("sampling.grammar", "response_format", "sampling.grammar"),
         ("stop.max_tokens", "max_tokens", "stop.max_tokens"),
         ("chat", "messages", "chat"),
+        ("cache.session_id", "caravan.session_id", "cache.session_id"),
+        ("cache.salt", "caravan.cache_salt", "cache.salt"),
+        ("cache.newer", "caravan", "cache.newer"),
         (None, None, None),
     ],
 )

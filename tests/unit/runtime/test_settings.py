@@ -9,6 +9,7 @@ import pytest
 
 from services.runtime.settings import (
     SettingsError,
+    byte_size,
     choice,
     infos,
     integer,
@@ -148,3 +149,18 @@ def test_peers_have_a_host_and_a_port(wrong: str) -> None:
     """A peer without host, or with port 0, cannot be called."""
     with pytest.raises(ValueError, match=r"\w"):
         peer_address(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("17", 17), ("2KiB", 2048), ("512MiB", 1 << 29), ("4GiB", 1 << 32)]
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    """Bytes, or a power of 1024."""
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("wrong", ["", "-1", "1.5GiB", "4GB", "4 GiB", "4gib", "KiB", "²", "1e6"])
+def test_sizes_are_whole_numbers_with_known_units(wrong: str) -> None:
+    """A unit that could mean two things is refused."""
+    with pytest.raises(ValueError, match="not a number of bytes"):
+        byte_size(wrong)

@@ -11,20 +11,15 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.limits import Limits
 from services.coordinator.metrics import CoordinatorMetrics
+from services.coordinator.policies import policy_factory
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
-from services.coordinator.state import CoordinatorState, Limits
-from services.runtime import logs
-from services.runtime.clock import SystemClock, random_id
-from services.runtime.server import (
-    PortTakenError,
-    ServiceServer,
-    cancel_all,
-    start_metrics,
-    wait_for_stop,
-)
-from services.runtime.settings import SettingsError, load
+from services.coordinator.state import CoordinatorState
+from services.runtime.clock import SystemClock, random_fraction, random_id
+from services.runtime.process import run_process
+from services.runtime.server import ServiceServer, cancel_all, start_metrics, wait_for_stop
 from services.runtime.telemetry import open_tracing
 
 _LOG = logging.getLogger(__name__)
@@ -33,16 +28,8 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 
 async def serve(settings: CoordinatorSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code. Raises PortTakenError."""
-    state = CoordinatorState(
-        Limits(
-            interval_s=settings.interval_s,
-            model_memory_s=settings.model_memory_s,
-            engines_max=settings.max_engines,
-            gateways_max=settings.max_gateways,
-            leases_max=settings.max_leases,
-            leases_per_engine_max=settings.max_leases_per_engine,
-        )
-    )
+    new_policy = policy_factory(settings.routing, random_fraction, settings.load_factor)
+    state = CoordinatorState(_limits(settings), new_policy)
     registry = CollectorRegistry()
     tracing = open_tracing("coordinator", settings.otlp_endpoint)
     servicer = CoordinatorServicer(
@@ -73,22 +60,26 @@ async def serve(settings: CoordinatorSettings) -> int:
     return 1 if failed else 0
 
 
+def _limits(settings: CoordinatorSettings) -> Limits:
+    return Limits(
+        interval_s=settings.interval_s,
+        model_memory_s=settings.model_memory_s,
+        engines_max=settings.max_engines,
+        gateways_max=settings.max_gateways,
+        leases_max=settings.max_leases,
+        leases_per_engine_max=settings.max_leases_per_engine,
+        queued_max=settings.max_queued,
+        queue_s=settings.queue_s,
+        cancel_budget_s=settings.cancel_budget_s,
+        tenant_weights=settings.tenant_weights,
+    )
+
+
 async def _sweep(servicer: CoordinatorServicer, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         servicer.expire()
 
 
-def main() -> int:
-    """Runs the process; returns its exit code: 0 stopped, 1 a defect, 2 bad settings or a taken port."""
-    try:
-        settings = load(CoordinatorSettings, os.environ)
-        logs.configure("coordinator", settings.log_level)
-        return asyncio.run(serve(settings))
-    except (SettingsError, PortTakenError) as error:
-        print(f"caravan coordinator: {error}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process("coordinator", CoordinatorSettings, serve, os.environ))

@@ -25,8 +25,9 @@ READY_PHASES = frozenset(
 class EngineRecord:
     """One engine in one session.
 
-    `capacity` is the most leases it may hold; `reported_at` is in monotonic seconds; `last_grant` is the number of the
-    last grant that it got, 0 before its first.
+    `capacity` is the most leases it may hold, `held` those it holds; `slots` and `counted_ready` are what it counts for in its
+    model (models.py keeps the three). `reported_at` is in monotonic seconds; `last_grant` is the number of the last grant that
+    it got, 0 before its first. `written_off` requests were not ended in time after it was asked to.
     """
 
     engine_id: str
@@ -38,6 +39,15 @@ class EngineRecord:
     reported_at: float
     is_ready: bool
     last_grant: int = 0
+    written_off: int = 0
+    held: int = 0
+    slots: int = 0
+    counted_ready: bool = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes one more request."""
+        return self.is_ready and self.held < self.capacity
 
 
 class EngineRegistry:

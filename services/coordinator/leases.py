@@ -1,4 +1,4 @@
-"""The lease table: which request runs on which engine for which gateway (S0, W57).
+"""The lease table: which request runs on which engine for which gateway and tenant (S0, W57).
 
 Pure. Every count is the length of an index that changes together with the table, so counts cannot drift from it and cost
 O(1).
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from services.coordinator.grouping import Groups
+from services.coordinator.tasks import Priority
+
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right of one gateway to run one request on one engine. `granted_at` is in monotonic seconds."""
+    """The right of one gateway to run one request on one engine. Times are in monotonic seconds."""
 
     lease_id: str
     request_id: str
@@ -20,32 +23,9 @@ class Lease:
     engine_id: str
     gateway_id: str
     granted_at: float
-
-
-class _Index:
-    """Leases grouped by one of their fields; a group without leases takes no memory."""
-
-    def __init__(self) -> None:
-        self._groups: dict[str, dict[str, Lease]] = {}
-
-    def add(self, key: str, lease: Lease) -> None:
-        self._groups.setdefault(key, {})[lease.lease_id] = lease
-
-    def discard(self, key: str, lease: Lease) -> None:
-        group = self._groups[key]
-        del group[lease.lease_id]
-        if not group:
-            del self._groups[key]
-
-    def count(self, key: str) -> int:
-        group = self._groups.get(key)
-        return 0 if group is None else len(group)
-
-    def leases(self, key: str) -> tuple[Lease, ...]:
-        return tuple(self._groups.get(key, {}).values())
-
-    def counts(self) -> dict[str, int]:
-        return {key: len(group) for key, group in self._groups.items()}
+    arrived_at: float = 0.0
+    priority: Priority = Priority.NORMAL
+    tenant: str = ""
 
 
 class LeaseTable:
@@ -54,9 +34,10 @@ class LeaseTable:
     def __init__(self) -> None:
         self._leases: dict[str, Lease] = {}
         self._requests: dict[str, Lease] = {}
-        self._engines = _Index()
-        self._gateways = _Index()
-        self._models = _Index()
+        self._engines: Groups[Lease] = Groups()
+        self._gateways: Groups[Lease] = Groups()
+        self._models: Groups[Lease] = Groups()
+        self._tenants: Groups[Lease] = Groups()
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -65,8 +46,12 @@ class LeaseTable:
         """Oldest first: a dict keeps the order of insertion."""
         return iter(tuple(self._leases.values()))
 
+    def find(self, lease_id: str) -> Lease | None:
+        """The lease, or None where it is not held."""
+        return self._leases.get(lease_id)
+
     def of_request(self, request_id: str) -> Lease | None:
-        """The lease of a request, or None where it is not in flight."""
+        """The lease of a request, or None where it has none."""
         return self._requests.get(request_id)
 
     def grant(self, lease: Lease) -> None:
@@ -75,9 +60,8 @@ class LeaseTable:
             raise ValueError(f"held already: {lease}")
         self._leases[lease.lease_id] = lease
         self._requests[lease.request_id] = lease
-        self._engines.add(lease.engine_id, lease)
-        self._gateways.add(lease.gateway_id, lease)
-        self._models.add(lease.model, lease)
+        for groups, name in self._memberships(lease):
+            groups.add(name, lease.lease_id, lease)
 
     def release(self, lease_id: str) -> Lease | None:
         """Removes a lease and returns it; None where it is not held (released, swept, or never granted)."""
@@ -85,21 +69,32 @@ class LeaseTable:
         if lease is None:
             return None
         del self._requests[lease.request_id]
-        self._engines.discard(lease.engine_id, lease)
-        self._gateways.discard(lease.gateway_id, lease)
-        self._models.discard(lease.model, lease)
+        for groups, name in self._memberships(lease):
+            groups.discard(name, lease_id)
         return lease
+
+    def _memberships(self, lease: Lease) -> Iterable[tuple[Groups[Lease], str]]:
+        return (
+            (self._engines, lease.engine_id),
+            (self._gateways, lease.gateway_id),
+            (self._models, lease.model),
+            (self._tenants, lease.tenant),
+        )
 
     def sweep_engine(self, engine_id: str) -> tuple[Lease, ...]:
         """Removes all leases on an engine and returns them, oldest first."""
-        return self._sweep(self._engines.leases(engine_id))
+        return self._sweep(self._engines.items(engine_id))
 
     def sweep_gateway(self, gateway_id: str) -> tuple[Lease, ...]:
         """Removes all leases of a gateway and returns them, oldest first."""
-        return self._sweep(self._gateways.leases(gateway_id))
+        return self._sweep(self._gateways.items(gateway_id))
 
     def _sweep(self, leases: Iterable[Lease]) -> tuple[Lease, ...]:
         return tuple(lease for lease in leases if self.release(lease.lease_id) is not None)
+
+    def of_tenant(self, tenant: str) -> tuple[Lease, ...]:
+        """The leases of a tenant, oldest first."""
+        return self._tenants.items(tenant)
 
     def on_engine(self, engine_id: str) -> int:
         """Leases held on an engine, in O(1)."""
@@ -113,14 +108,19 @@ class LeaseTable:
         """Leases held on a model, in O(1)."""
         return self._models.count(model)
 
+    def count_tenant(self, tenant: str) -> int:
+        """Leases held for a tenant, in O(1)."""
+        return self._tenants.count(tenant)
+
     def check_integrity(self) -> None:
         """Asserts that every index says what a recount of the table says. O(n), for tests."""
-        recounts: tuple[dict[str, int], ...] = ({}, {}, {})
+        recounts: tuple[dict[str, int], ...] = ({}, {}, {}, {})
         for lease in self._leases.values():
-            for recount, key in zip(
-                recounts, (lease.engine_id, lease.gateway_id, lease.model), strict=True
-            ):
-                recount[key] = recount.get(key, 0) + 1
-        kept = (self._engines.counts(), self._gateways.counts(), self._models.counts())
+            for recount, (_, name) in zip(recounts, self._memberships(lease), strict=True):
+                recount[name] = recount.get(name, 0) + 1
+        kept = tuple(
+            groups.counts()
+            for groups in (self._engines, self._gateways, self._models, self._tenants)
+        )
         assert kept == recounts, (kept, recounts)
         assert {lease.request_id: lease for lease in self._leases.values()} == self._requests

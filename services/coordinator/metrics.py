@@ -1,19 +1,22 @@
-"""Every series of the coordinator. Gauges read the state at each scrape; label values come from enums only."""
+"""Every series of the coordinator. Gauges read the state at each scrape; label values come from enums and registered models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from services.coordinator.effects import Effects, Ending
 from services.coordinator.state import CoordinatorState
 from services.runtime.errors import TABLE
 
 GRANTED = "granted"
+_QUEUE_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 def _words(names: Iterable[str], prefix: str) -> list[str]:
@@ -32,6 +35,21 @@ _OUTCOMES: dict[int, str] = dict(
 )
 
 
+class _Queues(Collector):
+    """Depths by model. Read at each scrape, so that a model that is forgotten leaves no series behind."""
+
+    def __init__(self, state: CoordinatorState) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        depth = GaugeMetricFamily(
+            "caravan_route_queue_depth", "Requests that wait for a sequence.", labels=["model"]
+        )
+        for model in self._state.models:
+            depth.add_metric([model.name], model.queue.queued_count)
+        yield depth
+
+
 class CoordinatorMetrics:
     """The series, registered with one registry."""
 
@@ -44,6 +62,13 @@ class CoordinatorMetrics:
             engines.labels(word).set_function(partial(self._in_phase, phase))
         Gauge("caravan_gateways", "Gateways that have joined.", registry=registry).set_function(
             lambda: len(state.gateways)
+        )
+        registry.register(_Queues(state))
+        self._queued = Histogram(
+            "caravan_route_queue_seconds",
+            "From the arrival of a route to its grant.",
+            registry=registry,
+            buckets=_QUEUE_BUCKETS_S,
         )
         Gauge("caravan_leases", "Requests in flight.", registry=registry).set_function(
             lambda: len(state.leases)
@@ -68,6 +93,11 @@ class CoordinatorMetrics:
             "Leases that ended because their engine or gateway went away.",
             registry=registry,
         )
+        self._written_off = Counter(
+            "caravan_leases_written_off_total",
+            "Leases that ended because their engine did not end the request in time after it was asked to.",
+            registry=registry,
+        )
         self._ended = Counter(
             "caravan_sessions_ended_total",
             "Sessions that the coordinator ended of its own accord.",
@@ -77,19 +107,26 @@ class CoordinatorMetrics:
         for why in Ending:
             self._ended.labels(why.name.lower())
 
-    def count_route(self, result: str) -> None:
-        """One answer to Route: GRANTED or a reason of the error table."""
-        assert result == GRANTED or result in TABLE
-        self._routes.labels(result.lower()).inc()
+    def count_grant(self, queued_s: float) -> None:
+        """One lease that was granted after `queued_s` seconds in the queue."""
+        self._routes.labels(GRANTED).inc()
+        self._queued.observe(queued_s)
+
+    def count_refusal(self, reason: str) -> None:
+        """One route that was refused, with a reason of the error table."""
+        assert reason in TABLE
+        self._routes.labels(reason.lower()).inc()
 
     def count_release(self, outcome: int) -> None:
         """One lease that was released; an outcome that is not known counts as unspecified."""
         self._releases.labels(_OUTCOMES.get(outcome, "unspecified")).inc()
 
     def count_effects(self, effects: Effects) -> None:
-        """Leases that were swept and sessions that were ended."""
+        """Leases that were swept or written off, and sessions that were ended."""
         if effects.swept:
             self._swept.inc(len(effects.swept))
+        if effects.written_off:
+            self._written_off.inc(len(effects.written_off))
         for ending in effects.endings:
             self._ended.labels(ending.why.name.lower()).inc()
 

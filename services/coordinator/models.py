@@ -1,15 +1,17 @@
-"""The models that engines have registered, and for how long one without an engine stays known.
+"""The models that engines have registered, with their queues, and for how long one without an engine stays known.
 
 Pure. A model whose engines all went away is remembered for a while, so that clients are told to come back (503) while an
-engine restarts, instead of that the model does not exist (404).
+engine restarts, instead of that the model does not exist (404); and while requests wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from services.coordinator.backpressure import Backpressure
 from services.coordinator.engines import EngineRecord
+from services.coordinator.routing import Policy
 
 ABANDONED_MODELS_MAX = 256
 """Models without an engine that are remembered; beyond it the one abandoned longest is forgotten."""
@@ -19,13 +21,21 @@ _HOLD_WEIGHT = 0.1  # Share of the newest lease in the mean: about the last twen
 
 @dataclass(slots=True)
 class ModelRecord:
-    """A model: times are in seconds, `created_at` since the epoch, `abandoned_at` monotonic."""
+    """A model: times are in seconds, `created_at` since the epoch, `abandoned_at` monotonic.
+
+    The queue's tasks in flight are the leases of the model. `slots` is its limit: the capacities of the ready engines, and the
+    leases that are still held on others or beyond a capacity that shrank; so its room is exactly the room of the engines.
+    """
 
     name: str
     created_at: float
+    queue: Backpressure
+    policy: Policy
     engines: dict[str, EngineRecord] = field(default_factory=dict)
     abandoned_at: float | None = None
     lease_mean_s: float | None = None
+    ready_engines: int = 0
+    slots: int = 0
     _context_tokens: int = 0
 
     @property
@@ -36,10 +46,28 @@ class ModelRecord:
             self._context_tokens = min(known)
         return self._context_tokens
 
-    @property
-    def ready_engines(self) -> int:
-        """Engines that can serve it now."""
-        return sum(engine.is_ready for engine in self.engines.values())
+    def settle(self, engine: EngineRecord, held: int) -> None:
+        """Takes a change of an engine into the sums, the limit of the queue and the policy."""
+        engine.held = held
+        self._count(
+            engine, max(engine.capacity, held) if engine.is_ready else held, engine.is_ready
+        )
+        if engine.has_room:
+            self.policy.offer(engine)
+        else:
+            self.policy.withdraw(engine)
+
+    def remove(self, engine: EngineRecord) -> None:
+        """The engine is gone, and its leases with it."""
+        del self.engines[engine.engine_id]
+        self._count(engine, 0, is_ready=False)
+        self.policy.withdraw(engine)
+
+    def _count(self, engine: EngineRecord, slots: int, is_ready: bool) -> None:
+        self.slots += slots - engine.slots
+        self.ready_engines += is_ready - engine.counted_ready
+        engine.slots, engine.counted_ready = slots, is_ready
+        self.queue.resize(self.slots)
 
     def note_lease(self, held_s: float) -> None:
         """Takes the duration of a lease that ended into the mean."""
@@ -50,8 +78,15 @@ class ModelRecord:
 class ModelCatalogue:
     """Models by name."""
 
-    def __init__(self, memory_s: float) -> None:
+    def __init__(
+        self,
+        memory_s: float,
+        new_queue: Callable[[], Backpressure],
+        new_policy: Callable[[], Policy],
+    ) -> None:
         self._memory_s = memory_s
+        self._new_queue = new_queue
+        self._new_policy = new_policy
         self._models: dict[str, ModelRecord] = {}
         # In the order of abandonment, so that the oldest is found without a search.
         self._abandoned: dict[str, ModelRecord] = {}
@@ -70,29 +105,34 @@ class ModelCatalogue:
     def add_engine(self, engine: EngineRecord, wall: float) -> None:
         """An engine serves its model from now on."""
         name = engine.model.name
-        model = self._models.setdefault(name, ModelRecord(name, created_at=wall))
+        model = self._models.get(name)
+        if model is None:
+            model = ModelRecord(name, wall, self._new_queue(), self._new_policy())
+            self._models[name] = model
         model.engines[engine.engine_id] = engine
         model.abandoned_at = None
         self._abandoned.pop(name, None)
+        model.settle(engine, 0)
 
     def remove_engine(self, engine: EngineRecord, now: float) -> None:
         """An engine serves its model no more."""
         model = self._models[engine.model.name]
         _ = model.context_tokens  # Remembers the last known value before its teller goes.
-        del model.engines[engine.engine_id]
+        model.remove(engine)
         if model.engines:
             return
         model.abandoned_at = now
         self._abandoned[model.name] = model
-        if len(self._abandoned) > ABANDONED_MODELS_MAX:
-            self._forget(next(iter(self._abandoned)))
+        idle = [name for name, other in self._abandoned.items() if not other.queue.queued_count]
+        if len(idle) > ABANDONED_MODELS_MAX:
+            self._forget(idle[0])
 
     def expire(self, now: float) -> None:
         """Forgets the models that have been without an engine for the time of memory."""
         while self._abandoned:
             model = next(iter(self._abandoned.values()))
             assert model.abandoned_at is not None
-            if now - model.abandoned_at < self._memory_s:
+            if now - model.abandoned_at < self._memory_s or model.queue.queued_count:
                 return
             self._forget(model.name)
 

@@ -1,93 +1,129 @@
-"""Which engine gets a request, and what a client is told where none can take it. Pure."""
+"""Which engine of a model gets a request (S1.10-S1.12, W5). Pure.
+
+A policy is told of every change of an engine, and keeps just what its choice needs. The load is what the coordinator has
+granted, not what engines report: reports are a second old, and a burst within that second would all go to one engine.
+"""
 
 from __future__ import annotations
 
-from caravan.engine.v1 import engine_service_pb2 as engine_pb
+import heapq
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
 
 from services.coordinator.engines import EngineRecord
-from services.coordinator.leases import LeaseTable
-from services.coordinator.models import ModelRecord
-from services.runtime.errors import CaravanError
+from services.coordinator.waiting import Want
 
-LOADING_RETRY_S = 1.0
-NO_ENGINE_RETRY_S = 1.0
-CAPACITY_RETRY_MIN_S = 1.0
-"""Also told while no lease of the model has ended yet, when nothing is known of their duration."""
-CAPACITY_RETRY_MAX_S = 30.0
-
-_STARTING = frozenset({engine_pb.ENGINE_PHASE_UNSPECIFIED, engine_pb.ENGINE_PHASE_LOADING})
+_SLACK = 64  # Entries of former loads that are always allowed to stay.
 
 
-def choose(model: ModelRecord, leases: LeaseTable) -> EngineRecord:
-    """The least loaded ready engine with room (S1.11, S1.12); among equals the one whose last grant is the oldest (W5).
+class Policy(Protocol):
+    """Chooses among the engines of one model that have room."""
 
-    The load is what the coordinator has granted, not what engines report: reports are a second old, and a burst within that
-    second would all go to one engine. Raises CaravanError: CAPACITY_EXHAUSTED, MODEL_LOADING or NO_ENGINE.
-    """
-    best: EngineRecord | None = None
-    best_key = (0.0, 0)
-    for engine in model.engines.values():
-        held = leases.on_engine(engine.engine_id)
-        if not engine.is_ready or held >= engine.capacity:
-            continue
-        key = (held / engine.capacity, engine.last_grant)
-        if best is None or key < best_key:
-            best, best_key = engine, key
-    if best is None:
-        raise refusal(model, leases)
-    return best
+    def offer(self, engine: EngineRecord) -> None:
+        """The engine has room; called again whenever its load changes."""
+
+    def withdraw(self, engine: EngineRecord) -> None:
+        """The engine has no room any more, or is gone. It may not have been offered."""
+
+    def choose(self, want: Want, mean_load: float) -> EngineRecord:
+        """The engine for a request; at least one is offered. `mean_load` is the share of all sequences in use, this included."""
 
 
-def refusal(model: ModelRecord, leases: LeaseTable) -> CaravanError:
-    """Why no engine of the model can take a request now: the reason that is closest to being served comes first."""
-    ready = [engine for engine in model.engines.values() if engine.is_ready]
-    if ready:
-        active = sum(leases.on_engine(engine.engine_id) for engine in ready)
-        capacity = sum(engine.capacity for engine in ready)
-        return CaravanError(
-            "CAPACITY_EXHAUSTED",
-            f"All {capacity} sequences of the model '{model.name}' are in use. Try again later.",
-            retry_after_s=capacity_retry_s(model.lease_mean_s, capacity),
-            model=model.name,
-            active=str(active),
-            capacity=str(capacity),
-        )
-    phases = {engine.load.phase for engine in model.engines.values()}
-    if phases & _STARTING:
-        return CaravanError(
-            "MODEL_LOADING",
-            f"The model '{model.name}' is being loaded ({_progress(model):.0%}).",
-            retry_after_s=LOADING_RETRY_S,
-            model=model.name,
-        )
-    return CaravanError(
-        "NO_ENGINE", _why_none(model), retry_after_s=NO_ENGINE_RETRY_S, model=model.name
-    )
+class LeastLoaded:
+    """The engine with the least load; among equals the one whose last grant is the oldest. O(log engines)."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, int, EngineRecord]] = []
+        self._current: dict[str, int] = {}
+        self._count = itertools.count()
+
+    def offer(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        number = self._current[engine.engine_id] = next(self._count)
+        heapq.heappush(self._heap, (*load_order(engine), number, engine))
+        if len(self._heap) > 2 * len(self._current) + _SLACK:
+            self._heap = [entry for entry in self._heap if self._is_current(entry)]
+            heapq.heapify(self._heap)
+
+    def withdraw(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        self._current.pop(engine.engine_id, None)
+
+    def choose(self, want: Want, mean_load: float) -> EngineRecord:
+        """See Policy."""
+        while not self._is_current(self._heap[0]):
+            heapq.heappop(self._heap)
+        return self._heap[0][3]
+
+    def _is_current(self, entry: tuple[float, int, int, EngineRecord]) -> bool:
+        return self._current.get(entry[3].engine_id) == entry[2]
 
 
-def capacity_retry_s(lease_mean_s: float | None, capacity: int) -> float:
-    """Seconds until some sequence is likely to be free: `capacity` leases of that mean duration end one by one."""
-    if lease_mean_s is None or capacity == 0:
-        return CAPACITY_RETRY_MIN_S
-    return min(max(lease_mean_s / capacity, CAPACITY_RETRY_MIN_S), CAPACITY_RETRY_MAX_S)
+class RoundRobin:
+    """Each engine in turn, whatever its load. O(1)."""
+
+    def __init__(self) -> None:
+        self._ring: OrderedDict[str, EngineRecord] = OrderedDict()
+
+    def offer(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        self._ring[engine.engine_id] = engine
+
+    def withdraw(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        self._ring.pop(engine.engine_id, None)
+
+    def choose(self, want: Want, mean_load: float) -> EngineRecord:
+        """See Policy."""
+        engine_id, engine = next(iter(self._ring.items()))
+        self._ring.move_to_end(engine_id)
+        return engine
 
 
-def _progress(model: ModelRecord) -> float:
-    return max(
-        engine.load.load_progress
-        for engine in model.engines.values()
-        if engine.load.phase in _STARTING
-    )
+class PowerOfTwo:
+    """The less loaded of two random engines: nearly as even as the least loaded, without a crowd on one. O(1)."""
+
+    def __init__(self, fraction: Callable[[], float]) -> None:
+        """`fraction` gives random numbers within [0, 1)."""
+        self._fraction = fraction
+        self._engines: list[EngineRecord] = []
+        self._places: dict[str, int] = {}
+
+    def find(self, engine_id: str) -> EngineRecord | None:
+        """The engine, if it has room."""
+        place = self._places.get(engine_id)
+        return None if place is None else self._engines[place]
+
+    def offer(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        if engine.engine_id not in self._places:
+            self._places[engine.engine_id] = len(self._engines)
+            self._engines.append(engine)
+
+    def withdraw(self, engine: EngineRecord) -> None:
+        """See Policy."""
+        place = self._places.pop(engine.engine_id, None)
+        if place is None:
+            return
+        last = self._engines.pop()
+        if last is not engine:
+            self._engines[place] = last
+            self._places[last.engine_id] = place
+
+    def choose(self, want: Want, mean_load: float) -> EngineRecord:
+        """See Policy."""
+        engines = self._engines
+        if len(engines) == 1:
+            return engines[0]
+        one = int(self._fraction() * len(engines))
+        other = int(self._fraction() * (len(engines) - 1))
+        if other >= one:  # Two different ones.
+            other += 1
+        return min(engines[one], engines[other], key=load_order)
 
 
-def _why_none(model: ModelRecord) -> str:
-    failures = [
-        engine.load.failure or "the engine does not say why"
-        for engine in model.engines.values()
-        if engine.load.phase == engine_pb.ENGINE_PHASE_FAILED
-    ]
-    if failures:
-        return f"The model '{model.name}' could not be loaded: {failures[0]}"
-    if model.engines:
-        return f"Every engine of the model '{model.name}' is shutting down."
-    return f"No engine of the model '{model.name}' is running at present."
+def load_order(engine: EngineRecord) -> tuple[float, int]:
+    """The smaller is the better choice: by load, then by how long ago it was given something."""
+    return engine.held / engine.capacity, engine.last_grant

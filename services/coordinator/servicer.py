@@ -11,14 +11,16 @@ from typing import Final, TypeVar
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
-from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from google.protobuf.duration_pb2 import Duration
 
 from services.coordinator import messages
-from services.coordinator.effects import Effects, Ending
-from services.coordinator.metrics import GRANTED, CoordinatorMetrics
+from services.coordinator.effects import Effects, Ending, Grant
+from services.coordinator.lists import CoordinatorLists
+from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.outbox import Outbox
-from services.coordinator.state import DRAINING_RETRY_S, SILENT_INTERVALS_MAX, CoordinatorState
+from services.coordinator.refusals import DRAINING_RETRY_S
+from services.coordinator.state import SILENT_INTERVALS_MAX, CoordinatorState
+from services.coordinator.waiting import Want
 from services.runtime.clock import Clock, IdSource
 from services.runtime.errors import CaravanError
 from services.runtime.server import cancel_all
@@ -29,7 +31,7 @@ _HEARTBEAT: Final = "heartbeat"
 Request = TypeVar("Request")
 
 
-class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
+class CoordinatorServicer(CoordinatorLists):
     """The coordinator at the edge. All its methods run on one event loop, so the state needs no lock."""
 
     def __init__(
@@ -40,12 +42,12 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
         clock: Clock,
         ids: IdSource,
     ) -> None:
-        self._state = state
+        super().__init__(state, clock)
         self._metrics = metrics
         self._tracing = tracing
-        self._clock = clock
         self._ids = ids
         self._outboxes: dict[int, Outbox] = {}
+        self._routes: dict[str, asyncio.Future[Grant | CaravanError]] = {}
 
     # --- sessions ------------------------------------------------------------------------------------------------
 
@@ -149,9 +151,21 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
             ending_box = self._outboxes.get(ending.session)
             if ending_box is not None:  # None where its stream ended in this very moment.
                 ending_box.close(_ending_error(ending.peer_id, ending.why))
+        for lease in effects.written_off:
+            _LOG.warning("engine %s did not end request %s", lease.engine_id, lease.request_id)
+        for grant in effects.grants:
+            self._answer(grant.lease.request_id, grant)
+        for refusal in effects.refusals:
+            self._answer(refusal.request_id, refusal.error)
+
+    def _answer(self, request_id: str, answer: Grant | CaravanError) -> None:
+        future = self._routes.pop(request_id, None)
+        # A call that was cancelled in this moment is about to say so, and gives back what it was granted.
+        if future is not None and not future.done():
+            future.set_result(answer)
 
     def expire(self) -> None:
-        """Ends the sessions of silent peers; to be called at least once per interval."""
+        """Ends the sessions of silent peers and refuses who has waited too long; to be called at least once per interval."""
         self._perform(self._state.expire(self._clock.monotonic()))
 
     def drain(self) -> None:
@@ -171,22 +185,55 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
             gen_ai__request__model=request.model,
             caravan__request_id=request.request_id,
         )
+        failure: str | None = "CANCELLED"
         try:
-            grant = self._state.route(
-                messages.checked_id("request_id", request.request_id),
-                messages.checked_id("gateway_id", request.gateway_id),
-                messages.checked_id("model", request.model),
-                lease_id=self._ids("lease"),
-                now=self._clock.monotonic(),
+            grant = await self._route(
+                messages.checked_want(
+                    request,
+                    lease_id=self._ids("lease"),
+                    queue_s=self._state.limits.queue_s,
+                    now=self._clock.monotonic(),
+                )
+            )
+            failure = None
+            span.set(
+                caravan__engine_id=grant.lease.engine_id, caravan__lease_id=grant.lease.lease_id
             )
         except CaravanError as error:
-            self._metrics.count_route(error.reason)
-            span.end(error.reason)
+            failure = error.reason
+            self._metrics.count_refusal(failure)
             raise
-        self._metrics.count_route(GRANTED)
-        span.set(caravan__engine_id=grant.lease.engine_id, caravan__lease_id=grant.lease.lease_id)
-        span.end()
-        return pb.RouteResponse(lease=messages.to_lease(grant))
+        finally:
+            span.end(failure)
+        self._metrics.count_grant(grant.lease.granted_at - grant.lease.arrived_at)
+        return messages.to_route(grant)
+
+    async def _route(self, want: Want) -> Grant:
+        """A lease, at once or when its turn comes. Raises CaravanError."""
+        granted = self._state.route(want)
+        if granted is not None:
+            return granted
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Grant | CaravanError] = loop.create_future()
+        self._routes[want.request_id] = future
+        wait_s = min(want.wait_s, self._state.limits.queue_s)
+        timer = loop.call_later(wait_s, self._expire_waiting)
+        try:
+            answer = await future
+        except asyncio.CancelledError:
+            # The call is gone, perhaps in the moment of its grant, which is given back then (W61).
+            if self._routes.get(want.request_id) is future:
+                del self._routes[want.request_id]
+            self._perform(self._state.leave(want, self._clock.monotonic()))
+            raise
+        finally:
+            timer.cancel()
+        if isinstance(answer, CaravanError):
+            raise answer
+        return answer
+
+    def _expire_waiting(self) -> None:
+        self._perform(self._state.expire_waiting(self._clock.monotonic()))
 
     async def Release(
         self,
@@ -194,49 +241,31 @@ class CoordinatorServicer(pb_grpc.CoordinatorServiceServicer):
         context: grpc.aio.ServicerContext[pb.ReleaseRequest, pb.ReleaseResponse],
     ) -> pb.ReleaseResponse:
         lease_id = messages.checked_id("lease_id", request.lease_id)
-        released = self._state.release(lease_id, self._clock.monotonic())
-        if released:
-            self._metrics.count_release(request.outcome)
-        return pb.ReleaseResponse(released=released)
+        effects = self._state.release(lease_id, self._clock.monotonic())
+        if effects is None:
+            return pb.ReleaseResponse(released=False)
+        self._metrics.count_release(request.outcome)
+        self._perform(effects)
+        return pb.ReleaseResponse(released=True)
 
     async def Cancel(
         self,
         request: pb.CancelRequest,
         context: grpc.aio.ServicerContext[pb.CancelRequest, pb.CancelResponse],
     ) -> pb.CancelResponse:
-        self._perform(self._state.cancel(messages.checked_id("request_id", request.request_id)))
+        request_id = messages.checked_id("request_id", request.request_id)
+        self._perform(self._state.cancel(request_id, self._clock.monotonic()))
         return pb.CancelResponse()
 
-    # --- lists ---------------------------------------------------------------------------------------------------
-
-    async def ListInflight(
+    async def CancelTenant(
         self,
-        request: pb.ListInflightRequest,
-        context: grpc.aio.ServicerContext[pb.ListInflightRequest, pb.ListInflightResponse],
-    ) -> pb.ListInflightResponse:
-        now = self._clock.monotonic()
-        requests = [messages.to_inflight(lease, now) for lease in self._state.leases]
-        return pb.ListInflightResponse(requests=requests)
-
-    async def ListEngines(
-        self,
-        request: pb.ListEnginesRequest,
-        context: grpc.aio.ServicerContext[pb.ListEnginesRequest, pb.ListEnginesResponse],
-    ) -> pb.ListEnginesResponse:
-        now = self._clock.monotonic()
-        leases = self._state.leases
-        engines = sorted(self._state.engines, key=lambda engine: engine.engine_id)
-        return pb.ListEnginesResponse(
-            engines=[messages.to_engine(e, leases.on_engine(e.engine_id), now) for e in engines]
-        )
-
-    async def ListModels(
-        self,
-        request: pb.ListModelsRequest,
-        context: grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],
-    ) -> pb.ListModelsResponse:
-        models = [messages.to_model(model) for model in self._state.models]
-        return pb.ListModelsResponse(models=models)
+        request: pb.CancelTenantRequest,
+        context: grpc.aio.ServicerContext[pb.CancelTenantRequest, pb.CancelTenantResponse],
+    ) -> pb.CancelTenantResponse:
+        tenant = messages.checked_optional_id("tenant", request.tenant)
+        requests, effects = self._state.cancel_tenant(tenant, self._clock.monotonic())
+        self._perform(effects)
+        return pb.CancelTenantResponse(requests=requests)
 
     def _interval(self) -> Duration:
         return messages.to_duration(self._state.limits.interval_s)

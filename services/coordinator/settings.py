@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from services.coordinator.policies import AFFINITY, NAMES
 from services.runtime.settings import (
     ProcessSettings,
+    choice,
     integer,
     loopback_address,
     number,
     setting,
 )
+
+
+def shares(text: str) -> Mapping[str, float]:
+    """NAME=WEIGHT,... with weights within 0.01 and 100."""
+    weights: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        name, separator, weight = part.rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not separator or not 0.01 <= value <= 100 or name in weights:
+            raise ValueError("not NAME=WEIGHT,... with weights within 0.01 to 100")
+        weights[name] = value
+    return weights
 
 
 @dataclass(frozen=True)
@@ -58,4 +77,40 @@ class CoordinatorSettings(ProcessSettings):
         "1024",
         "Most requests on one engine at a time, whatever the engine offers",
         integer(1, 4_096),
+    )
+    max_queued: int = setting(
+        "CARAVAN_COORDINATOR_MAX_QUEUED",
+        "256",
+        "Most requests that wait for a sequence, per model",
+        integer(1, 100_000),
+    )
+    queue_s: float = setting(
+        "CARAVAN_COORDINATOR_QUEUE_S",
+        "30",
+        "Longest time that a request waits for a sequence, in seconds; 0: none waits",
+        number(0, 3_600),
+    )
+    cancel_budget_s: float = setting(
+        "CARAVAN_COORDINATOR_CANCEL_BUDGET_S",
+        "10",
+        "Seconds after which a cancelled request that does not end loses its lease",
+        number(0.1, 3_600),
+    )
+    tenant_weights: Mapping[str, float] = setting(
+        "CARAVAN_COORDINATOR_TENANT_WEIGHTS",
+        "",
+        "Shares of tenants that wait, NAME=WEIGHT,...; 1 for those not named",
+        shares,
+    )
+    routing: str = setting(
+        "CARAVAN_COORDINATOR_ROUTING",
+        AFFINITY,
+        f"How an engine is chosen: {', '.join(NAMES)}",
+        choice(*NAMES),
+    )
+    load_factor: float = setting(
+        "CARAVAN_COORDINATOR_LOAD_FACTOR",
+        "1.25",
+        "Times the mean load up to which affinity may load an engine",
+        number(1, 100),
     )

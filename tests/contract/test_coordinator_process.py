@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import socket
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -21,54 +17,15 @@ from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
 from services.runtime.channel import open_channel
 from tests.support.coordinator import EnginePeer, GatewayPeer
+from tests.support.processes import failure, log_line, process
 
 READY = re.compile(rb"serving on port (\d+)")
 
 
-@asynccontextmanager
-async def process(**settings: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The coordinator as a process on free ports; killed at the end if it still runs."""
-    env = {
-        **os.environ,
-        "CARAVAN_COORDINATOR_ADDRESS": "127.0.0.1:0",
-        "CARAVAN_COORDINATOR_METRICS_ADDRESS": "127.0.0.1:0",
-        **settings,
-    }
-    started = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.coordinator", env=env, stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        yield started
-    finally:
-        if started.returncode is None:
-            started.kill()
-        await started.communicate()
-
-
-async def line(running: asyncio.subprocess.Process, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
-    """The next line of the log that matches."""
-    assert running.stderr is not None
-    async with asyncio.timeout(30):
-        async for text in running.stderr:
-            found = pattern.search(text)
-            if found:
-                return found
-    raise AssertionError("the process ended")
-
-
-async def failure(**settings: str) -> tuple[int, str]:
-    """Exit code and stderr of a process that must not start."""
-    async with process(**settings) as running:
-        async with asyncio.timeout(30):
-            _, errors = await running.communicate()
-        assert running.returncode is not None
-        return running.returncode, errors.decode()
-
-
 async def test_a_life_from_ready_to_sigterm() -> None:
     """Health serves once ready; a silent engine is swept by itself; SIGTERM sends the peers away and exits with 0."""
-    async with process(CARAVAN_COORDINATOR_INTERVAL_S="0.3") as running:
-        port = int((await line(running, READY)).group(1))
+    async with process("coordinator", CARAVAN_COORDINATOR_INTERVAL_S="0.3") as running:
+        port = int((await log_line(running, READY)).group(1))
         async with open_channel(f"127.0.0.1:{port}") as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
             for name in ("", "caravan.coordinator.v1.CoordinatorService"):
@@ -104,7 +61,7 @@ async def test_a_taken_port_is_one_clear_line_and_code_2() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         for name in ("CARAVAN_COORDINATOR_ADDRESS", "CARAVAN_COORDINATOR_METRICS_ADDRESS"):
-            code, errors = await failure(**{name: address})
+            code, errors = await failure("coordinator", **{name: address})
             assert code == 2
             (only,) = errors.splitlines()
             assert only == (
@@ -115,7 +72,9 @@ async def test_a_taken_port_is_one_clear_line_and_code_2() -> None:
 async def test_bad_settings_are_listed_and_code_2() -> None:
     """All mistakes are named at once."""
     code, errors = await failure(
-        CARAVAN_COORDINATOR_ADDRESS="0.0.0.0:7002", CARAVAN_COORDINATOR_MAX_ENGINES="many"
+        "coordinator",
+        CARAVAN_COORDINATOR_ADDRESS="0.0.0.0:7002",
+        CARAVAN_COORDINATOR_MAX_ENGINES="many",
     )
     assert code == 2
     assert "CARAVAN_COORDINATOR_ADDRESS='0.0.0.0:7002'" in errors

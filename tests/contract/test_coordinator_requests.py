@@ -10,8 +10,9 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.coordinator.limits import Limits
 from services.coordinator.outbox import OUTBOX_MESSAGES_MAX
-from services.coordinator.state import Limits
+from services.coordinator.waiting import Want
 from services.runtime.telemetry import OtelTracing
 from tests.support.coordinator import EnginePeer, refused, running_coordinator, until
 
@@ -43,7 +44,7 @@ async def test_requests_spread_over_the_engines_until_all_are_full() -> None:
         assert engines[2:] == ["large", "large"]
         error = await gateway.refusal("req-9")
         assert error.reason == "CAPACITY_EXHAUSTED"
-        assert error.metadata == {"model": "demo", "active": "4", "capacity": "4"}
+        assert error.metadata["active"] == error.metadata["capacity"] == "4"
         assert error.retry_after_s == 1.0
         assert coordinator.metric("caravan_route_total", result="capacity_exhausted") == 1
 
@@ -213,8 +214,8 @@ async def test_an_engine_that_does_not_read_loses_its_session() -> None:
         outbox = coordinator.servicer._outboxes[session.session]
         for i in range(OUTBOX_MESSAGES_MAX):  # No await in between: the stream cannot take any.
             assert outbox.put(f"old-{i}")
-        coordinator.state.route("req-1", gateway.gateway_id, "demo", lease_id="lease-x", now=1000)
-        coordinator.servicer._perform(coordinator.state.cancel("req-1"))
+        coordinator.state.route(Want("req-1", gateway.gateway_id, "demo", "lease-x", 1000))
+        coordinator.servicer._perform(coordinator.state.cancel("req-1", 1000))
         assert len(coordinator.state.engines) == 0
         assert len(coordinator.state.leases) == 0
         assert (await engine.end()).reason == "SESSION_UNKNOWN"

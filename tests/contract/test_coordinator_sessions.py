@@ -6,7 +6,7 @@ import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.coordinator.state import Limits
+from services.coordinator.limits import Limits
 from tests.support.coordinator import EnginePeer, GatewayPeer, refused, running_coordinator, until
 
 

@@ -12,7 +12,8 @@ from services.runtime.settings import infos
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATING = (ROOT / "docs" / "OPERATING.md").read_text()
-SETTINGS = [f"services.{name}.settings" for name in ("coordinator", "engine", "gateway", "cli")]
+SERVICES = ("coordinator", "cache", "engine", "gateway", "cli")
+SETTINGS = [f"services.{name}.settings" for name in SERVICES]
 
 
 @pytest.mark.parametrize("module", SETTINGS)

@@ -37,6 +37,18 @@ def test_counts_follow_grants_and_releases() -> None:
     )
 
 
+def test_the_leases_of_a_tenant_are_counted_and_listed() -> None:
+    """Oldest first; who named no tenant shares the empty one."""
+    table = LeaseTable()
+    for number, tenant in enumerate(("a", "", "a")):
+        one = Lease(f"lease-{number}", f"req-{number}", "m", "e", "g", 0.0, tenant=tenant)
+        table.grant(one)
+    assert (table.count_tenant("a"), table.count_tenant(""), table.count_tenant("b")) == (2, 1, 0)
+    assert [found.lease_id for found in table.of_tenant("a")] == ["lease-0", "lease-2"]
+    table.release("lease-0")
+    assert table.count_tenant("a") == 1
+
+
 def test_a_second_release_is_no_operation() -> None:
     """Releasing twice never takes the depth below what is held (W57: double decrement)."""
     table = LeaseTable()

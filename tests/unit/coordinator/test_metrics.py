@@ -7,8 +7,9 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.limits import Limits
 from services.coordinator.metrics import CoordinatorMetrics
-from services.coordinator.state import CoordinatorState, Limits
+from services.coordinator.state import CoordinatorState
 
 
 def test_engines_are_counted_by_phase() -> None:
@@ -36,4 +37,4 @@ def test_labels_are_bounded() -> None:
     for outcome in ("cancelled", "unspecified"):
         assert registry.get_sample_value("caravan_releases_total", {"outcome": outcome}) == 1
     with pytest.raises(AssertionError):
-        metrics.count_route("req-1")
+        metrics.count_refusal("req-1")

@@ -9,8 +9,10 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.coordinator.routing import capacity_retry_s
-from services.coordinator.state import CoordinatorState, Limits
+from services.coordinator.limits import Limits
+from services.coordinator.refusals import capacity_retry_s
+from services.coordinator.state import CoordinatorState
+from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
 
 IDLE = engine_pb.ENGINE_PHASE_IDLE
@@ -43,13 +45,9 @@ class World:
     def route(self, now: float = 0.0) -> str:
         """Grants a lease for a new request; returns the engine. The lease is `lease-N` for the Nth request."""
         self.requests += 1
-        grant = self.state.route(
-            f"req-{self.requests}",
-            "gateway",
-            "demo",
-            lease_id=f"lease-{self.requests}",
-            now=now,
-        )
+        number = self.requests
+        grant = self.state.route(Want(f"req-{number}", "gateway", "demo", f"lease-{number}", now))
+        assert grant is not None
         return grant.lease.engine_id
 
     def refusal(self) -> CaravanError:
@@ -131,7 +129,13 @@ def test_the_refusal_closest_to_being_served_wins() -> None:
     world.engine("full", capacity=1)
     assert world.route() == "full"
     full = world.refusal()
-    assert full.metadata == {"model": "demo", "active": "1", "capacity": "1"}
+    assert full.metadata == {
+        "model": "demo",
+        "active": "1",
+        "capacity": "1",
+        "queued": "0",
+        "max_queued": "256",
+    }
 
 
 def test_the_retry_time_follows_the_duration_of_leases() -> None:
@@ -147,6 +151,7 @@ def test_the_retry_time_follows_the_duration_of_leases() -> None:
     for _ in range(4):
         world.route(now=40.0)
     assert world.refusal().retry_after_s == pytest.approx(10.0)
-    assert capacity_retry_s(10_000.0, 1) == 30.0
-    assert capacity_retry_s(0.001, 64) == 1.0
-    assert capacity_retry_s(5.0, 0) == 1.0
+    assert capacity_retry_s(10_000.0, 1, 0) == 30.0
+    assert capacity_retry_s(0.001, 64, 0) == 1.0
+    assert capacity_retry_s(5.0, 0, 0) == 1.0
+    assert capacity_retry_s(8.0, 4, 3) == 8.0

@@ -6,8 +6,10 @@ import pytest
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator.effects import CancelRequest, Effects, Ending
+from services.coordinator.limits import Limits
 from services.coordinator.models import ABANDONED_MODELS_MAX
-from services.coordinator.state import CoordinatorState, Limits
+from services.coordinator.state import CoordinatorState
+from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
 
 LOAD = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_IDLE)
@@ -23,9 +25,9 @@ def join(
 
 def route(state: CoordinatorState, request_id: str = "req-1", model: str = "demo") -> str:
     """Grants a lease; returns its id."""
-    return state.route(
-        request_id, "gateway", model, lease_id=f"lease-{request_id}", now=0.0
-    ).lease.lease_id
+    grant = state.route(Want(request_id, "gateway", model, f"lease-{request_id}", 0.0))
+    assert grant is not None
+    return grant.lease.lease_id
 
 
 def reason(state: CoordinatorState, model: str = "demo") -> str:
@@ -94,6 +96,40 @@ def test_an_abandoned_model_is_remembered_for_a_while() -> None:
     assert reason(state) == "MODEL_NOT_FOUND"
 
 
+def test_a_model_for_which_requests_wait_is_not_forgotten() -> None:
+    """They may still be served by an engine that comes back; when their time is over they are told that none did."""
+    state = CoordinatorState(Limits(model_memory_s=10, queue_s=60))
+    state.join_gateway("gateway", 0.0)
+    session, _ = join(state)
+    route(state, "req-1")
+    route(state, "req-2")
+    assert state.route(Want("req-3", "gateway", "demo", "lease-3", 0.0, wait_s=60)) is None
+    state.end_session(session, 5.0)
+    state.models.expire(59.0)
+    assert state.models.find("demo") is not None
+    effects = state.expire_waiting(60.0)
+    assert [(r.request_id, r.error.reason) for r in effects.refusals] == [("req-3", "NO_ENGINE")]
+    state.models.expire(60.0)
+    assert state.models.find("demo") is None
+
+
+def test_a_draining_engine_does_not_hide_the_room_of_another() -> None:
+    """Its leases do not count against the room of engines that are ready."""
+    state = CoordinatorState(Limits())
+    state.join_gateway("gateway", 0.0)
+    session, _ = join(state, "a")
+    route(state, "req-1")
+    route(state, "req-2")
+    draining = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_DRAINING)
+    state.report_engine(session, None, draining, 0.0)
+    join(state, "b")
+    for number in (3, 4):
+        assert route(state, f"req-{number}")
+    state.release("lease-req-1", 0.0)
+    assert reason(state) == "CAPACITY_EXHAUSTED"
+    state.check_integrity()
+
+
 def test_a_model_that_comes_back_is_not_forgotten() -> None:
     """An engine that returns in time keeps its model, and the model its time of creation."""
     state = CoordinatorState(Limits(model_memory_s=10))
@@ -133,7 +169,7 @@ def test_a_cancel_is_repeated_until_the_lease_ends() -> None:
     session, _ = join(state)
     lease_id = route(state)
     assert state.report_engine(session, None, LOAD, 0.0) == Effects()
-    state.cancel("req-1")
+    state.cancel("req-1", 0.0)
     again = state.report_engine(session, None, LOAD, 0.0)
     assert again.cancels == (CancelRequest(session, "req-1"),)
     state.release(lease_id, 0.0)

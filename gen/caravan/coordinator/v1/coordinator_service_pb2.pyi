@@ -3,6 +3,7 @@
 isort:skip_file
 The contract of the coordinator: who serves what, and who may use it."""
 
+from caravan.core.v1 import scheduling_pb2 as _scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as _engine_service_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -53,6 +54,34 @@ OUTCOME_REFUSED: Outcome.ValueType  # 3
 OUTCOME_FAILED: Outcome.ValueType  # 4
 """It failed."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
+
+class _InflightPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InflightPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InflightPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INFLIGHT_PHASE_UNSPECIFIED: _InflightPhase.ValueType  # 0
+    """Not known."""
+    INFLIGHT_PHASE_QUEUED: _InflightPhase.ValueType  # 1
+    """It waits for a free sequence."""
+    INFLIGHT_PHASE_RUNNING: _InflightPhase.ValueType  # 2
+    """It holds a lease."""
+    INFLIGHT_PHASE_CANCELLING: _InflightPhase.ValueType  # 3
+    """It holds a lease, and its engine was asked to end it."""
+
+class InflightPhase(_InflightPhase, metaclass=_InflightPhaseEnumTypeWrapper):
+    """Where a request stands."""
+
+INFLIGHT_PHASE_UNSPECIFIED: InflightPhase.ValueType  # 0
+"""Not known."""
+INFLIGHT_PHASE_QUEUED: InflightPhase.ValueType  # 1
+"""It waits for a free sequence."""
+INFLIGHT_PHASE_RUNNING: InflightPhase.ValueType  # 2
+"""It holds a lease."""
+INFLIGHT_PHASE_CANCELLING: InflightPhase.ValueType  # 3
+"""It holds a lease, and its engine was asked to end it."""
+Global___InflightPhase: _TypeAlias = InflightPhase  # noqa: Y015
 
 @_typing.final
 class JoinEngineRequest(_message.Message):
@@ -289,22 +318,48 @@ class RouteRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    MAX_WAIT_FIELD_NUMBER: _builtins.int
+    AFFINITY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, unique among those in flight. 1 to 128 bytes."""
     gateway_id: _builtins.str
     """Session of the gateway."""
     model: _builtins.str
     """Name of the model."""
+    priority: _scheduling_pb2.Priority.ValueType
+    """Who goes first among those that wait. Default: PRIORITY_NORMAL."""
+    tenant: _builtins.str
+    """On whose behalf, at most 128 bytes. Tenants share the engines of a model by their weights. Empty is a tenant too."""
+    session_id: _builtins.str
+    """Conversation, at most 128 bytes: its requests go to one engine while that lives and has room. Empty: none."""
+    @_builtins.property
+    def max_wait(self) -> _duration_pb2.Duration:
+        """Longest time to wait for a free sequence, at most what the coordinator is set to. 0: do not wait. Default: that setting."""
+
+    @_builtins.property
+    def affinity(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Hashes of the prompt at each message boundary, the longest prefix last: a request goes to where a prefix of its prompt
+        was last computed. At most 64 of at most 64 bytes.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         gateway_id: _builtins.str = ...,
         model: _builtins.str = ...,
+        priority: _scheduling_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
+        max_wait: _duration_pb2.Duration | None = ...,
+        affinity: _abc.Iterable[_builtins.bytes] | None = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "gateway_id", b"gateway_id", "max_wait", b"max_wait", "model", b"model", "priority", b"priority", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,18 +372,24 @@ class RouteResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The lease."""
+
+    @_builtins.property
+    def queued(self) -> _duration_pb2.Duration:
+        """Time spent in the queue."""
 
     def __init__(
         self,
         *,
         lease: Global___Lease | None = ...,
+        queued: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,6 +513,50 @@ class CancelResponse(_message.Message):
 Global___CancelResponse: _TypeAlias = CancelResponse  # noqa: Y015
 
 @_typing.final
+class CancelTenantRequest(_message.Message):
+    """Asks to end all requests of a tenant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant, at most 128 bytes. Empty: the tenant of requests that named none."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTenantRequest: _TypeAlias = CancelTenantRequest  # noqa: Y015
+
+@_typing.final
+class CancelTenantResponse(_message.Message):
+    """The requests are being ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """How many there were."""
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelTenantResponse: _TypeAlias = CancelTenantResponse  # noqa: Y015
+
+@_typing.final
 class ListInflightRequest(_message.Message):
     """Asks for the requests in flight."""
 
@@ -504,19 +609,33 @@ class InflightRequest(_message.Message):
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     LEASE_ID_FIELD_NUMBER: _builtins.int
     AGE_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     model: _builtins.str
     """Its model."""
     engine_id: _builtins.str
-    """The engine that serves it."""
+    """The engine that serves it. Empty while it waits."""
     gateway_id: _builtins.str
     """The gateway that holds it."""
     lease_id: _builtins.str
-    """Its lease."""
+    """Its lease. Empty while it waits."""
+    phase: Global___InflightPhase.ValueType
+    """Where it stands."""
+    tenant: _builtins.str
+    """On whose behalf."""
+    priority: _scheduling_pb2.Priority.ValueType
+    """Who goes first among those that wait."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
-        """Time since the lease was granted."""
+        """Time since it asked for a route."""
+
+    @_builtins.property
+    def queued(self) -> _duration_pb2.Duration:
+        """Time that it has spent in the queue."""
 
     def __init__(
         self,
@@ -527,10 +646,14 @@ class InflightRequest(_message.Message):
         gateway_id: _builtins.str = ...,
         lease_id: _builtins.str = ...,
         age: _duration_pb2.Duration | None = ...,
+        phase: Global___InflightPhase.ValueType = ...,
+        tenant: _builtins.str = ...,
+        priority: _scheduling_pb2.Priority.ValueType = ...,
+        queued: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "engine_id", b"engine_id", "gateway_id", b"gateway_id", "lease_id", b"lease_id", "model", b"model", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "engine_id", b"engine_id", "gateway_id", b"gateway_id", "lease_id", b"lease_id", "model", b"model", "phase", b"phase", "priority", b"priority", "queued", b"queued", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -589,12 +712,15 @@ class Engine(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     LEASES_FIELD_NUMBER: _builtins.int
     REPORT_AGE_FIELD_NUMBER: _builtins.int
+    WRITTEN_OFF_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Its id."""
     address: _builtins.str
     """Its address, as host:port."""
     leases: _builtins.int
     """Leases that are held on it."""
+    written_off: _builtins.int
+    """Requests that it has not ended in time after it was asked to."""
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """Its model."""
@@ -616,10 +742,11 @@ class Engine(_message.Message):
         load: _engine_service_pb2.EngineLoad | None = ...,
         leases: _builtins.int = ...,
         report_age: _duration_pb2.Duration | None = ...,
+        written_off: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "report_age", b"report_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age", "written_off", b"written_off"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,12 +803,21 @@ class Model(_message.Message):
     CREATED_FIELD_NUMBER: _builtins.int
     CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     READY_ENGINES_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     context_tokens: _builtins.int
     """Most tokens of prompt and answer of one sequence; the least of its engines."""
     ready_engines: _builtins.int
     """Engines that can serve it now."""
+    in_flight: _builtins.int
+    """Requests that hold a lease."""
+    capacity: _builtins.int
+    """Leases that could be held at a time."""
+    queued: _builtins.int
+    """Requests that wait."""
     @_builtins.property
     def created(self) -> _timestamp_pb2.Timestamp:
         """When an engine first registered it."""
@@ -693,11 +829,58 @@ class Model(_message.Message):
         created: _timestamp_pb2.Timestamp | None = ...,
         context_tokens: _builtins.int = ...,
         ready_engines: _builtins.int = ...,
+        in_flight: _builtins.int = ...,
+        capacity: _builtins.int = ...,
+        queued: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "created", b"created", "name", b"name", "ready_engines", b"ready_engines"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "context_tokens", b"context_tokens", "created", b"created", "in_flight", b"in_flight", "name", b"name", "queued", b"queued", "ready_engines", b"ready_engines"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class DescribeQueueRequest(_message.Message):
+    """Asks for the state of a queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the model."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeQueueRequest: _TypeAlias = DescribeQueueRequest  # noqa: Y015
+
+@_typing.final
+class DescribeQueueResponse(_message.Message):
+    """The state of a queue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    signature: _builtins.str
+    """Limits, counts and every task with its state, in one line. The same state gives the same text."""
+    def __init__(
+        self,
+        *,
+        signature: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeQueueResponse: _TypeAlias = DescribeQueueResponse  # noqa: Y015

@@ -60,6 +60,11 @@ class CoordinatorServiceStub:
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelRequest.SerializeToString,
                 response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelResponse.FromString,
                 _registered_method=True)
+        self.CancelTenant = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/CancelTenant',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantResponse.FromString,
+                _registered_method=True)
         self.ListInflight = channel.unary_unary(
                 '/caravan.coordinator.v1.CoordinatorService/ListInflight',
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListInflightRequest.SerializeToString,
@@ -74,6 +79,11 @@ class CoordinatorServiceStub:
                 '/caravan.coordinator.v1.CoordinatorService/ListModels',
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.DescribeQueue = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/DescribeQueue',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.FromString,
                 _registered_method=True)
 
 
@@ -97,7 +107,9 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Route(self, request, context):
-        """Grants a lease on the least loaded live engine of a model, or refuses with a reason and a retry time.
+        """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
+        cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
+        end on the way: a caller that has lost interest sends Cancel, awaits the answer, and releases a lease that still comes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,14 +123,21 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a request in flight, wherever it runs. An id that is not in flight fails with REQUEST_NOT_FOUND.
+        """Ends a request, wherever it waits or runs. An id that is not in flight fails with REQUEST_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelTenant(self, request, context):
+        """Ends all requests of a tenant, wherever they wait or run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListInflight(self, request, context):
-        """Lists the requests in flight, oldest first.
+        """Lists the requests that wait or run, oldest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +152,13 @@ class CoordinatorServiceServicer:
 
     def ListModels(self, request, context):
         """Lists the models, by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeQueue(self, request, context):
+        """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +192,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelRequest.FromString,
                     response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelResponse.SerializeToString,
             ),
+            'CancelTenant': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelTenant,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantResponse.SerializeToString,
+            ),
             'ListInflight': grpc.unary_unary_rpc_method_handler(
                     servicer.ListInflight,
                     request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListInflightRequest.FromString,
@@ -180,6 +211,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.FromString,
                     response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'DescribeQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeQueue,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -329,6 +365,33 @@ class CoordinatorService:
             _registered_method=True)
 
     @staticmethod
+    def CancelTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/CancelTenant',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.CancelTenantResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListInflight(request,
             target,
             options=(),
@@ -399,6 +462,33 @@ class CoordinatorService:
             '/caravan.coordinator.v1.CoordinatorService/ListModels',
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.SerializeToString,
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/DescribeQueue',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

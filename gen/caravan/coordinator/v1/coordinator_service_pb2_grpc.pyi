@@ -40,17 +40,24 @@ class CoordinatorServiceStub:
     JoinGateway: _grpc.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]
     """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept."""
     Route: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RouteRequest, _coordinator_service_pb2.RouteResponse]
-    """Grants a lease on the least loaded live engine of a model, or refuses with a reason and a retry time."""
+    """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
+    cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
+    end on the way: a caller that has lost interest sends Cancel, awaits the answer, and releases a lease that still comes.
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReleaseRequest, _coordinator_service_pb2.ReleaseResponse]
     """Ends a lease. Ending it twice, or one that was swept, is not an error: the answer says so."""
     Cancel: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.CancelRequest, _coordinator_service_pb2.CancelResponse]
-    """Ends a request in flight, wherever it runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+    """Ends a request, wherever it waits or runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+    CancelTenant: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.CancelTenantRequest, _coordinator_service_pb2.CancelTenantResponse]
+    """Ends all requests of a tenant, wherever they wait or run."""
     ListInflight: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListInflightRequest, _coordinator_service_pb2.ListInflightResponse]
-    """Lists the requests in flight, oldest first."""
+    """Lists the requests that wait or run, oldest first."""
     ListEngines: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListEnginesRequest, _coordinator_service_pb2.ListEnginesResponse]
     """Lists the engines, by id."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListModelsRequest, _coordinator_service_pb2.ListModelsResponse]
     """Lists the models, by name."""
+    DescribeQueue: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]
+    """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
@@ -64,17 +71,24 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     JoinGateway: _aio.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]  # type: ignore[assignment]
     """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept."""
     Route: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.RouteRequest, _coordinator_service_pb2.RouteResponse]  # type: ignore[assignment]
-    """Grants a lease on the least loaded live engine of a model, or refuses with a reason and a retry time."""
+    """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
+    cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
+    end on the way: a caller that has lost interest sends Cancel, awaits the answer, and releases a lease that still comes.
+    """
     Release: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.ReleaseRequest, _coordinator_service_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Ends a lease. Ending it twice, or one that was swept, is not an error: the answer says so."""
     Cancel: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.CancelRequest, _coordinator_service_pb2.CancelResponse]  # type: ignore[assignment]
-    """Ends a request in flight, wherever it runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+    """Ends a request, wherever it waits or runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+    CancelTenant: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.CancelTenantRequest, _coordinator_service_pb2.CancelTenantResponse]  # type: ignore[assignment]
+    """Ends all requests of a tenant, wherever they wait or run."""
     ListInflight: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListInflightRequest, _coordinator_service_pb2.ListInflightResponse]  # type: ignore[assignment]
-    """Lists the requests in flight, oldest first."""
+    """Lists the requests that wait or run, oldest first."""
     ListEngines: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListEnginesRequest, _coordinator_service_pb2.ListEnginesResponse]  # type: ignore[assignment]
     """Lists the engines, by id."""
     ListModels: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListModelsRequest, _coordinator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models, by name."""
+    DescribeQueue: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]  # type: ignore[assignment]
+    """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers engines and gateways, grants leases, and knows every request in flight."""
@@ -103,7 +117,10 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.RouteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.RouteResponse, _abc.Awaitable[_coordinator_service_pb2.RouteResponse]]:
-        """Grants a lease on the least loaded live engine of a model, or refuses with a reason and a retry time."""
+        """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
+        cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
+        end on the way: a caller that has lost interest sends Cancel, awaits the answer, and releases a lease that still comes.
+        """
 
     @_abc_1.abstractmethod
     def Release(
@@ -119,7 +136,15 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.CancelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.CancelResponse, _abc.Awaitable[_coordinator_service_pb2.CancelResponse]]:
-        """Ends a request in flight, wherever it runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+        """Ends a request, wherever it waits or runs. An id that is not in flight fails with REQUEST_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def CancelTenant(
+        self,
+        request: _coordinator_service_pb2.CancelTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.CancelTenantResponse, _abc.Awaitable[_coordinator_service_pb2.CancelTenantResponse]]:
+        """Ends all requests of a tenant, wherever they wait or run."""
 
     @_abc_1.abstractmethod
     def ListInflight(
@@ -127,7 +152,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_service_pb2.ListInflightRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.ListInflightResponse, _abc.Awaitable[_coordinator_service_pb2.ListInflightResponse]]:
-        """Lists the requests in flight, oldest first."""
+        """Lists the requests that wait or run, oldest first."""
 
     @_abc_1.abstractmethod
     def ListEngines(
@@ -144,5 +169,13 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.ListModelsResponse, _abc.Awaitable[_coordinator_service_pb2.ListModelsResponse]]:
         """Lists the models, by name."""
+
+    @_abc_1.abstractmethod
+    def DescribeQueue(
+        self,
+        request: _coordinator_service_pb2.DescribeQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.DescribeQueueResponse, _abc.Awaitable[_coordinator_service_pb2.DescribeQueueResponse]]:
+        """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

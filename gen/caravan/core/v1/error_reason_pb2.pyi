@@ -80,9 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     Metadata: {"request_id": "req-1"}.
     """
     ERROR_REASON_CAPACITY_EXHAUSTED: _ErrorReason.ValueType  # 12
-    """Every engine of the model runs as many sequences as it may. Carries a RetryInfo.
+    """Every engine of the model runs as many sequences as it may, and no more requests may wait, or this one may not.
+    Carries a RetryInfo.
 
-    Metadata: {"model": "demo", "active": "32", "capacity": "32"}.
+    Metadata: {"model": "demo", "active": "32", "capacity": "32", "queued": "256", "max_queued": "256"}.
     """
     ERROR_REASON_MODEL_LOADING: _ErrorReason.ValueType  # 13
     """The model is known, and its engines are still loading it. Carries a RetryInfo.
@@ -138,6 +139,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """The model file is missing, corrupt or of a kind that this engine cannot serve.
 
     Metadata: {"path": "models/demo.gguf"}.
+    """
+    ERROR_REASON_QUEUE_TIMEOUT: _ErrorReason.ValueType  # 24
+    """The request waited for a free sequence as long as it may. Carries a RetryInfo.
+
+    Metadata: {"model": "demo", "queued": "17", "waited_s": "30.0"}.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -204,9 +210,10 @@ ERROR_REASON_DUPLICATE_REQUEST: ErrorReason.ValueType  # 11
 Metadata: {"request_id": "req-1"}.
 """
 ERROR_REASON_CAPACITY_EXHAUSTED: ErrorReason.ValueType  # 12
-"""Every engine of the model runs as many sequences as it may. Carries a RetryInfo.
+"""Every engine of the model runs as many sequences as it may, and no more requests may wait, or this one may not.
+Carries a RetryInfo.
 
-Metadata: {"model": "demo", "active": "32", "capacity": "32"}.
+Metadata: {"model": "demo", "active": "32", "capacity": "32", "queued": "256", "max_queued": "256"}.
 """
 ERROR_REASON_MODEL_LOADING: ErrorReason.ValueType  # 13
 """The model is known, and its engines are still loading it. Carries a RetryInfo.
@@ -262,5 +269,10 @@ ERROR_REASON_MODEL_INVALID: ErrorReason.ValueType  # 23
 """The model file is missing, corrupt or of a kind that this engine cannot serve.
 
 Metadata: {"path": "models/demo.gguf"}.
+"""
+ERROR_REASON_QUEUE_TIMEOUT: ErrorReason.ValueType  # 24
+"""The request waited for a free sequence as long as it may. Carries a RetryInfo.
+
+Metadata: {"model": "demo", "queued": "17", "waited_s": "30.0"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -24,50 +24,51 @@ _sym_db = _symbol_database.Default()
 
 from caravan.core.v1 import chat_pb2 as caravan_dot_core_dot_v1_dot_chat__pb2
 from caravan.core.v1 import generation_pb2 as caravan_dot_core_dot_v1_dot_generation__pb2
+from caravan.core.v1 import scheduling_pb2 as caravan_dot_core_dot_v1_dot_scheduling__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,caravan/inference/v1/inference_service.proto\x12\x14\x63\x61ravan.inference.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPrompt\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x04 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x0f\n\r_top_logprobs\"\xab\x01\n\x0c\x43hatResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.caravan.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.caravan.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.caravan.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xa3\x02\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.caravan.inference.v1.TokenListH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x05 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06promptB\x0f\n\r_top_logprobs\"\xaf\x01\n\x10\x43ompleteResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.caravan.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.caravan.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.caravan.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x18\n\tTokenList\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8c\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12,\n\tcache_hit\x18\x05 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\x8d\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\"\xa2\x01\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x12\n\nfinish_key\x18\x03 \x01(\x0c\x12,\n\tcache_hit\x18\x04 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\xcb\x01\n\x12PrefillOnlyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.caravan.inference.v1.TokenListH\x00\x12,\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06prompt\"\x98\x01\n\x13PrefillOnlyResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x12\n\nfinish_key\x18\x04 \x01(\x0c\x12\x11\n\tengine_id\x18\x05 \x01(\t\"6\n\x11\x45ndSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"#\n\x12\x45ndSessionResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"A\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.caravan.inference.v1.Model\"i\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\r\n\x05ready\x18\x04 \x01(\x08\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x17\n\x15\x43\x61ncelRequestResponse2\xd0\x04\n\x10InferenceService\x12O\n\x04\x43hat\x12!.caravan.inference.v1.ChatRequest\x1a\".caravan.inference.v1.ChatResponse0\x01\x12[\n\x08\x43omplete\x12%.caravan.inference.v1.CompleteRequest\x1a&.caravan.inference.v1.CompleteResponse0\x01\x12_\n\nListModels\x12\'.caravan.inference.v1.ListModelsRequest\x1a(.caravan.inference.v1.ListModelsResponse\x12\x62\n\x0bPrefillOnly\x12(.caravan.inference.v1.PrefillOnlyRequest\x1a).caravan.inference.v1.PrefillOnlyResponse\x12_\n\nEndSession\x12\'.caravan.inference.v1.EndSessionRequest\x1a(.caravan.inference.v1.EndSessionResponse\x12h\n\rCancelRequest\x12*.caravan.inference.v1.CancelRequestRequest\x1a+.caravan.inference.v1.CancelRequestResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,caravan/inference/v1/inference_service.proto\x12\x14\x63\x61ravan.inference.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a caravan/core/v1/scheduling.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x02\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x06prompt\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPrompt\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x04 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x05 \x01(\rH\x00\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x06 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptions\x12/\n\nscheduling\x18\x07 \x01(\x0b\x32\x1b.caravan.core.v1.SchedulingB\x0f\n\r_top_logprobs\"\xab\x01\n\x0c\x43hatResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.caravan.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.caravan.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.caravan.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\xd4\x02\n\x0f\x43ompleteRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x03 \x01(\x0b\x32\x1f.caravan.inference.v1.TokenListH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x05 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x06 \x01(\rH\x01\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x07 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptions\x12/\n\nscheduling\x18\x08 \x01(\x0b\x32\x1b.caravan.core.v1.SchedulingB\x08\n\x06promptB\x0f\n\r_top_logprobs\"\xaf\x01\n\x10\x43ompleteResponse\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.caravan.inference.v1.StartedH\x00\x12,\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1b.caravan.inference.v1.DeltaH\x00\x12\x32\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1e.caravan.inference.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x18\n\tTokenList\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x8c\x01\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12,\n\tcache_hit\x18\x05 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\x8d\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\"\xa2\x01\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x12\n\nfinish_key\x18\x03 \x01(\x0c\x12,\n\tcache_hit\x18\x04 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\xfc\x01\n\x12PrefillOnlyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x31\n\x06tokens\x18\x04 \x01(\x0b\x32\x1f.caravan.inference.v1.TokenListH\x00\x12,\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptions\x12/\n\nscheduling\x18\x06 \x01(\x0b\x32\x1b.caravan.core.v1.SchedulingB\x08\n\x06prompt\"\x98\x01\n\x13PrefillOnlyResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x12\n\nfinish_key\x18\x04 \x01(\x0c\x12\x11\n\tengine_id\x18\x05 \x01(\t\"6\n\x11\x45ndSessionRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\"#\n\x12\x45ndSessionResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"A\n\x12ListModelsResponse\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.caravan.inference.v1.Model\"i\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\r\n\x05ready\x18\x04 \x01(\x08\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x17\n\x15\x43\x61ncelRequestResponse2\xd0\x04\n\x10InferenceService\x12O\n\x04\x43hat\x12!.caravan.inference.v1.ChatRequest\x1a\".caravan.inference.v1.ChatResponse0\x01\x12[\n\x08\x43omplete\x12%.caravan.inference.v1.CompleteRequest\x1a&.caravan.inference.v1.CompleteResponse0\x01\x12_\n\nListModels\x12\'.caravan.inference.v1.ListModelsRequest\x1a(.caravan.inference.v1.ListModelsResponse\x12\x62\n\x0bPrefillOnly\x12(.caravan.inference.v1.PrefillOnlyRequest\x1a).caravan.inference.v1.PrefillOnlyResponse\x12_\n\nEndSession\x12\'.caravan.inference.v1.EndSessionRequest\x1a(.caravan.inference.v1.EndSessionResponse\x12h\n\rCancelRequest\x12*.caravan.inference.v1.CancelRequestRequest\x1a+.caravan.inference.v1.CancelRequestResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.inference.v1.inference_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATREQUEST']._serialized_start=166
-  _globals['_CHATREQUEST']._serialized_end=421
-  _globals['_CHATRESPONSE']._serialized_start=424
-  _globals['_CHATRESPONSE']._serialized_end=595
-  _globals['_COMPLETEREQUEST']._serialized_start=598
-  _globals['_COMPLETEREQUEST']._serialized_end=889
-  _globals['_COMPLETERESPONSE']._serialized_start=892
-  _globals['_COMPLETERESPONSE']._serialized_end=1067
-  _globals['_TOKENLIST']._serialized_start=1069
-  _globals['_TOKENLIST']._serialized_end=1093
-  _globals['_STARTED']._serialized_start=1096
-  _globals['_STARTED']._serialized_end=1236
-  _globals['_DELTA']._serialized_start=1239
-  _globals['_DELTA']._serialized_end=1380
-  _globals['_FINISHED']._serialized_start=1383
-  _globals['_FINISHED']._serialized_end=1545
-  _globals['_PREFILLONLYREQUEST']._serialized_start=1548
-  _globals['_PREFILLONLYREQUEST']._serialized_end=1751
-  _globals['_PREFILLONLYRESPONSE']._serialized_start=1754
-  _globals['_PREFILLONLYRESPONSE']._serialized_end=1906
-  _globals['_ENDSESSIONREQUEST']._serialized_start=1908
-  _globals['_ENDSESSIONREQUEST']._serialized_end=1962
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=1964
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=1999
-  _globals['_LISTMODELSREQUEST']._serialized_start=2001
-  _globals['_LISTMODELSREQUEST']._serialized_end=2020
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2022
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2087
-  _globals['_MODEL']._serialized_start=2089
-  _globals['_MODEL']._serialized_end=2194
-  _globals['_CANCELREQUESTREQUEST']._serialized_start=2196
-  _globals['_CANCELREQUESTREQUEST']._serialized_end=2238
-  _globals['_CANCELREQUESTRESPONSE']._serialized_start=2240
-  _globals['_CANCELREQUESTRESPONSE']._serialized_end=2263
-  _globals['_INFERENCESERVICE']._serialized_start=2266
-  _globals['_INFERENCESERVICE']._serialized_end=2858
+  _globals['_CHATREQUEST']._serialized_start=200
+  _globals['_CHATREQUEST']._serialized_end=504
+  _globals['_CHATRESPONSE']._serialized_start=507
+  _globals['_CHATRESPONSE']._serialized_end=678
+  _globals['_COMPLETEREQUEST']._serialized_start=681
+  _globals['_COMPLETEREQUEST']._serialized_end=1021
+  _globals['_COMPLETERESPONSE']._serialized_start=1024
+  _globals['_COMPLETERESPONSE']._serialized_end=1199
+  _globals['_TOKENLIST']._serialized_start=1201
+  _globals['_TOKENLIST']._serialized_end=1225
+  _globals['_STARTED']._serialized_start=1228
+  _globals['_STARTED']._serialized_end=1368
+  _globals['_DELTA']._serialized_start=1371
+  _globals['_DELTA']._serialized_end=1512
+  _globals['_FINISHED']._serialized_start=1515
+  _globals['_FINISHED']._serialized_end=1677
+  _globals['_PREFILLONLYREQUEST']._serialized_start=1680
+  _globals['_PREFILLONLYREQUEST']._serialized_end=1932
+  _globals['_PREFILLONLYRESPONSE']._serialized_start=1935
+  _globals['_PREFILLONLYRESPONSE']._serialized_end=2087
+  _globals['_ENDSESSIONREQUEST']._serialized_start=2089
+  _globals['_ENDSESSIONREQUEST']._serialized_end=2143
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=2145
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=2180
+  _globals['_LISTMODELSREQUEST']._serialized_start=2182
+  _globals['_LISTMODELSREQUEST']._serialized_end=2201
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2203
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2268
+  _globals['_MODEL']._serialized_start=2270
+  _globals['_MODEL']._serialized_end=2375
+  _globals['_CANCELREQUESTREQUEST']._serialized_start=2377
+  _globals['_CANCELREQUESTREQUEST']._serialized_end=2419
+  _globals['_CANCELREQUESTRESPONSE']._serialized_start=2421
+  _globals['_CANCELREQUESTRESPONSE']._serialized_end=2444
+  _globals['_INFERENCESERVICE']._serialized_start=2447
+  _globals['_INFERENCESERVICE']._serialized_end=3039
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ The public API of Caravan for gRPC clients."""
 
 from caravan.core.v1 import chat_pb2 as _chat_pb2
 from caravan.core.v1 import generation_pb2 as _generation_pb2
+from caravan.core.v1 import scheduling_pb2 as _scheduling_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -33,6 +34,7 @@ class ChatRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     top_logprobs: _builtins.int
@@ -53,6 +55,10 @@ class ChatRequest(_message.Message):
     def cache(self) -> _generation_pb2.CacheOptions:
         """What the request wants of the KV cache."""
 
+    @_builtins.property
+    def scheduling(self) -> _scheduling_pb2.Scheduling:
+        """When it starts, relative to others."""
+
     def __init__(
         self,
         *,
@@ -62,10 +68,11 @@ class ChatRequest(_message.Message):
         stop: _generation_pb2.StopConditions | None = ...,
         top_logprobs: _builtins.int | None = ...,
         cache: _generation_pb2.CacheOptions | None = ...,
+        scheduling: _scheduling_pb2.Scheduling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stop", b"stop", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -124,6 +131,7 @@ class CompleteRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     text: _builtins.str
@@ -146,6 +154,10 @@ class CompleteRequest(_message.Message):
     def cache(self) -> _generation_pb2.CacheOptions:
         """What the request wants of the KV cache."""
 
+    @_builtins.property
+    def scheduling(self) -> _scheduling_pb2.Scheduling:
+        """When it starts, relative to others."""
+
     def __init__(
         self,
         *,
@@ -156,10 +168,11 @@ class CompleteRequest(_message.Message):
         stop: _generation_pb2.StopConditions | None = ...,
         top_logprobs: _builtins.int | None = ...,
         cache: _generation_pb2.CacheOptions | None = ...,
+        scheduling: _scheduling_pb2.Scheduling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "model", b"model", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015
@@ -359,6 +372,7 @@ class PrefillOnlyRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    SCHEDULING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     text: _builtins.str
@@ -375,6 +389,10 @@ class PrefillOnlyRequest(_message.Message):
     def cache(self) -> _generation_pb2.CacheOptions:
         """What the request wants of the KV cache."""
 
+    @_builtins.property
+    def scheduling(self) -> _scheduling_pb2.Scheduling:
+        """When it starts, relative to others."""
+
     def __init__(
         self,
         *,
@@ -383,10 +401,11 @@ class PrefillOnlyRequest(_message.Message):
         text: _builtins.str = ...,
         tokens: Global___TokenList | None = ...,
         cache: _generation_pb2.CacheOptions | None = ...,
+        scheduling: _scheduling_pb2.Scheduling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "prompt", b"prompt", "scheduling", b"scheduling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "model", b"model", "prompt", b"prompt", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "chat", b"chat", "model", b"model", "prompt", b"prompt", "scheduling", b"scheduling", "text", b"text", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["chat", "text", "tokens"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

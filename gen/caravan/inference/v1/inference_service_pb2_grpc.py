@@ -113,7 +113,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelRequest(self, request, context):
-        """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED.
+        """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED, or, where it waited for a free
+        sequence, fails with CANCELLED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

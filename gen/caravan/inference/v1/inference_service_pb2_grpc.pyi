@@ -48,7 +48,9 @@ class InferenceServiceStub:
     EndSession: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.EndSessionRequest, _inference_service_pb2.EndSessionResponse]
     """Lets go of the KV state that a conversation keeps resident, on every engine of the model."""
     CancelRequest: _grpc.UnaryUnaryMultiCallable[_inference_service_pb2.CancelRequestRequest, _inference_service_pb2.CancelRequestResponse]
-    """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED."""
+    """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED, or, where it waited for a free
+    sequence, fails with CANCELLED.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -70,7 +72,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     EndSession: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.EndSessionRequest, _inference_service_pb2.EndSessionResponse]  # type: ignore[assignment]
     """Lets go of the KV state that a conversation keeps resident, on every engine of the model."""
     CancelRequest: _aio.UnaryUnaryMultiCallable[_inference_service_pb2.CancelRequestRequest, _inference_service_pb2.CancelRequestResponse]  # type: ignore[assignment]
-    """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED."""
+    """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED, or, where it waited for a free
+    sequence, fails with CANCELLED.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Answers of language models.
@@ -125,6 +129,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_service_pb2.CancelRequestRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_service_pb2.CancelRequestResponse, _abc.Awaitable[_inference_service_pb2.CancelRequestResponse]]:
-        """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED."""
+        """Ends a request in flight, from anywhere. Its stream finishes with FINISH_REASON_CANCELLED, or, where it waited for a free
+        sequence, fails with CANCELLED.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

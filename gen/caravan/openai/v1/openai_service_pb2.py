@@ -26,7 +26,7 @@ from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.api import httpbody_pb2 as google_dot_api_dot_httpbody__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/openai/v1/openai_service.proto\x12\x11\x63\x61ravan.openai.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"A\n\x1b\x43reateChatCompletionRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"B\n\x1c\x43reateChatCompletionResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"=\n\x17\x43reateCompletionRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\">\n\x18\x43reateCompletionResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody2\xb9\x04\n\rOpenAIService\x12\xa3\x01\n\x14\x43reateChatCompletion\x12..caravan.openai.v1.CreateChatCompletionRequest\x1a/.caravan.openai.v1.CreateChatCompletionResponse\"(\x82\xd3\xe4\x93\x02\"\"\x14/v1/chat/completions:\x04\x62odyb\x04\x62ody0\x01\x12\x92\x01\n\x10\x43reateCompletion\x12*.caravan.openai.v1.CreateCompletionRequest\x1a+.caravan.openai.v1.CreateCompletionResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x0f/v1/completions:\x04\x62odyb\x04\x62ody0\x01\x12s\n\nListModels\x12$.caravan.openai.v1.ListModelsRequest\x1a%.caravan.openai.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\n/v1/modelsb\x04\x62ody\x12x\n\x08GetModel\x12\".caravan.openai.v1.GetModelRequest\x1a#.caravan.openai.v1.GetModelResponse\"#\x82\xd3\xe4\x93\x02\x1d\x12\x15/v1/models/{model=**}b\x04\x62odyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/openai/v1/openai_service.proto\x12\x11\x63\x61ravan.openai.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x19google/api/httpbody.proto\"A\n\x1b\x43reateChatCompletionRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"B\n\x1c\x43reateChatCompletionResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"=\n\x17\x43reateCompletionRequest\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\">\n\x18\x43reateCompletionResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"\x15\n\x13ListRequestsRequest\":\n\x14ListRequestsResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody\"*\n\x14\x43\x61ncelRequestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\";\n\x15\x43\x61ncelRequestResponse\x12\"\n\x04\x62ody\x18\x01 \x01(\x0b\x32\x14.google.api.HttpBody2\xcb\x06\n\rOpenAIService\x12\xa3\x01\n\x14\x43reateChatCompletion\x12..caravan.openai.v1.CreateChatCompletionRequest\x1a/.caravan.openai.v1.CreateChatCompletionResponse\"(\x82\xd3\xe4\x93\x02\"\"\x14/v1/chat/completions:\x04\x62odyb\x04\x62ody0\x01\x12\x92\x01\n\x10\x43reateCompletion\x12*.caravan.openai.v1.CreateCompletionRequest\x1a+.caravan.openai.v1.CreateCompletionResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x0f/v1/completions:\x04\x62odyb\x04\x62ody0\x01\x12s\n\nListModels\x12$.caravan.openai.v1.ListModelsRequest\x1a%.caravan.openai.v1.ListModelsResponse\"\x18\x82\xd3\xe4\x93\x02\x12\x12\n/v1/modelsb\x04\x62ody\x12x\n\x08GetModel\x12\".caravan.openai.v1.GetModelRequest\x1a#.caravan.openai.v1.GetModelResponse\"#\x82\xd3\xe4\x93\x02\x1d\x12\x15/v1/models/{model=**}b\x04\x62ody\x12{\n\x0cListRequests\x12&.caravan.openai.v1.ListRequestsRequest\x1a\'.caravan.openai.v1.ListRequestsResponse\"\x1a\x82\xd3\xe4\x93\x02\x14\x12\x0c/v1/requestsb\x04\x62ody\x12\x92\x01\n\rCancelRequest\x12\'.caravan.openai.v1.CancelRequestRequest\x1a(.caravan.openai.v1.CancelRequestResponse\".\x82\xd3\xe4\x93\x02(\" /v1/requests/{request_id}/cancelb\x04\x62odyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENAISERVICE'].methods_by_name['ListModels']._serialized_options = b'\202\323\344\223\002\022\022\n/v1/modelsb\004body'
   _globals['_OPENAISERVICE'].methods_by_name['GetModel']._loaded_options = None
   _globals['_OPENAISERVICE'].methods_by_name['GetModel']._serialized_options = b'\202\323\344\223\002\035\022\025/v1/models/{model=**}b\004body'
+  _globals['_OPENAISERVICE'].methods_by_name['ListRequests']._loaded_options = None
+  _globals['_OPENAISERVICE'].methods_by_name['ListRequests']._serialized_options = b'\202\323\344\223\002\024\022\014/v1/requestsb\004body'
+  _globals['_OPENAISERVICE'].methods_by_name['CancelRequest']._loaded_options = None
+  _globals['_OPENAISERVICE'].methods_by_name['CancelRequest']._serialized_options = b'\202\323\344\223\002(\" /v1/requests/{request_id}/cancelb\004body'
   _globals['_CREATECHATCOMPLETIONREQUEST']._serialized_start=118
   _globals['_CREATECHATCOMPLETIONREQUEST']._serialized_end=183
   _globals['_CREATECHATCOMPLETIONRESPONSE']._serialized_start=185
@@ -57,6 +61,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_end=491
   _globals['_GETMODELRESPONSE']._serialized_start=493
   _globals['_GETMODELRESPONSE']._serialized_end=547
-  _globals['_OPENAISERVICE']._serialized_start=550
-  _globals['_OPENAISERVICE']._serialized_end=1119
+  _globals['_LISTREQUESTSREQUEST']._serialized_start=549
+  _globals['_LISTREQUESTSREQUEST']._serialized_end=570
+  _globals['_LISTREQUESTSRESPONSE']._serialized_start=572
+  _globals['_LISTREQUESTSRESPONSE']._serialized_end=630
+  _globals['_CANCELREQUESTREQUEST']._serialized_start=632
+  _globals['_CANCELREQUESTREQUEST']._serialized_end=674
+  _globals['_CANCELREQUESTRESPONSE']._serialized_start=676
+  _globals['_CANCELREQUESTRESPONSE']._serialized_end=735
+  _globals['_OPENAISERVICE']._serialized_start=738
+  _globals['_OPENAISERVICE']._serialized_end=1581
 # @@protoc_insertion_point(module_scope)

@@ -58,6 +58,16 @@ class OpenAIServiceStub:
                 request_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListRequests = channel.unary_unary(
+                '/caravan.openai.v1.OpenAIService/ListRequests',
+                request_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsRequest.SerializeToString,
+                response_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsResponse.FromString,
+                _registered_method=True)
+        self.CancelRequest = channel.unary_unary(
+                '/caravan.openai.v1.OpenAIService/CancelRequest',
+                request_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestRequest.SerializeToString,
+                response_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestResponse.FromString,
+                _registered_method=True)
 
 
 class OpenAIServiceServicer:
@@ -95,6 +105,20 @@ class OpenAIServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRequests(self, request, context):
+        """Lists the requests that wait or run, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelRequest(self, request, context):
+        """Ends a request, wherever it waits or runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OpenAIServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -117,6 +141,16 @@ def add_OpenAIServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelRequest.FromString,
                     response_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListRequests': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRequests,
+                    request_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsRequest.FromString,
+                    response_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'CancelRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelRequest,
+                    request_deserializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestRequest.FromString,
+                    response_serializer=caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -231,6 +265,60 @@ class OpenAIService:
             '/caravan.openai.v1.OpenAIService/GetModel',
             caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelRequest.SerializeToString,
             caravan_dot_openai_dot_v1_dot_openai__service__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.openai.v1.OpenAIService/ListRequests',
+            caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsRequest.SerializeToString,
+            caravan_dot_openai_dot_v1_dot_openai__service__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.openai.v1.OpenAIService/CancelRequest',
+            caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestRequest.SerializeToString,
+            caravan_dot_openai_dot_v1_dot_openai__service__pb2.CancelRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class OpenAIServiceStub:
     """Lists the models."""
     GetModel: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.GetModelRequest, _openai_service_pb2.GetModelResponse]
     """Describes one model."""
+    ListRequests: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.ListRequestsRequest, _openai_service_pb2.ListRequestsResponse]
+    """Lists the requests that wait or run, oldest first."""
+    CancelRequest: _grpc.UnaryUnaryMultiCallable[_openai_service_pb2.CancelRequestRequest, _openai_service_pb2.CancelRequestResponse]
+    """Ends a request, wherever it waits or runs."""
 
 @_typing.type_check_only
 class OpenAIServiceAsyncStub(OpenAIServiceStub):
@@ -63,6 +67,10 @@ class OpenAIServiceAsyncStub(OpenAIServiceStub):
     """Lists the models."""
     GetModel: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.GetModelRequest, _openai_service_pb2.GetModelResponse]  # type: ignore[assignment]
     """Describes one model."""
+    ListRequests: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.ListRequestsRequest, _openai_service_pb2.ListRequestsResponse]  # type: ignore[assignment]
+    """Lists the requests that wait or run, oldest first."""
+    CancelRequest: _aio.UnaryUnaryMultiCallable[_openai_service_pb2.CancelRequestRequest, _openai_service_pb2.CancelRequestResponse]  # type: ignore[assignment]
+    """Ends a request, wherever it waits or runs."""
 
 class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
     """The OpenAI REST API.
@@ -102,5 +110,21 @@ class OpenAIServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_openai_service_pb2.GetModelResponse, _abc.Awaitable[_openai_service_pb2.GetModelResponse]]:
         """Describes one model."""
+
+    @_abc_1.abstractmethod
+    def ListRequests(
+        self,
+        request: _openai_service_pb2.ListRequestsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_openai_service_pb2.ListRequestsResponse, _abc.Awaitable[_openai_service_pb2.ListRequestsResponse]]:
+        """Lists the requests that wait or run, oldest first."""
+
+    @_abc_1.abstractmethod
+    def CancelRequest(
+        self,
+        request: _openai_service_pb2.CancelRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_openai_service_pb2.CancelRequestResponse, _abc.Awaitable[_openai_service_pb2.CancelRequestResponse]]:
+        """Ends a request, wherever it waits or runs."""
 
 def add_OpenAIServiceServicer_to_server(servicer: OpenAIServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,33 @@
+"""Bounds of every table of the coordinator, and its times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from services.coordinator.tasks import Boundary
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Counts, and times in seconds. `tenant_weights` are shares above 0; a tenant without one has 1."""
+
+    interval_s: float = 1.0
+    model_memory_s: float = 600.0
+    engines_max: int = 256
+    gateways_max: int = 256
+    leases_max: int = 16_384
+    leases_per_engine_max: int = 1_024
+    queued_max: int = 256
+    queue_s: float = 30.0
+    cancel_budget_s: float = 10.0
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def boundary(self) -> Boundary:
+        """Of a model without engines. A request that has ended is forgotten at once: its id may come again."""
+        return Boundary(
+            max_in_flight=0,
+            max_queued=self.queued_max,
+            cancellation_budget_s=self.cancel_budget_s,
+            max_finished=0,
+        )

@@ -15,7 +15,19 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BENCHES = ("memory", "latency", "cancel", "throughput", "contention", "neighbour")
+BENCHES = (
+    "memory",
+    "latency",
+    "cancel",
+    "acquire",
+    "routing",
+    "throughput",
+    "warm",
+    "publish",
+    "conversations",
+    "contention",
+    "neighbour",
+)
 
 
 def results_page(found: Sequence[dict[str, Any]]) -> str:

@@ -221,6 +221,25 @@ class Saving:
             del place.unsettled[reservation]
             self._ask(reservation, now, effects)
 
+    # --- what becomes available ------------------------------------------------------------------------------------
+
+    def tell_waiters(self, copy: Copy, effects: Effects) -> None:
+        """A copy is available: answers those of its waiters who can reach it."""
+        for waiter in self._core.waiters.of_key(copy.row.key):
+            session = self._core.sessions.find(waiter.session_id)
+            if session is not None and session.reach(copy.place) is not None:
+                self._core.waiters.remove(waiter.waiter_id)
+                effects.replies.append(Reply(waiter.waiter_id, WaitOutcome.AVAILABLE))
+
+    def supersede(self, copy: Copy, effects: Effects) -> None:
+        """Drops what a copy makes superfluous in its root: blocks of which it holds all tokens and more, or itself."""
+        if not copy.row.tokens or not copy.place.root_id:
+            return
+        superfluous = list(self._core.index.superseded_by(copy))
+        for other in superfluous:
+            other.superseded = True
+        self._dropping.drop_all(superfluous, effects)
+
     # --- how -----------------------------------------------------------------------------------------------------
 
     def _advance(
@@ -271,23 +290,6 @@ class Saving:
         core.appeared(copy, effects)
         self.tell_waiters(copy, effects)
         self.supersede(copy, effects)
-
-    def tell_waiters(self, copy: Copy, effects: Effects) -> None:
-        """A copy is available: answers those of its waiters who can reach it."""
-        for waiter in self._core.waiters.of_key(copy.row.key):
-            session = self._core.sessions.find(waiter.session_id)
-            if session is not None and session.reach(copy.place) is not None:
-                self._core.waiters.remove(waiter.waiter_id)
-                effects.replies.append(Reply(waiter.waiter_id, WaitOutcome.AVAILABLE))
-
-    def supersede(self, copy: Copy, effects: Effects) -> None:
-        """Drops what a copy makes superfluous in its root: blocks of which it holds all tokens and more, or itself."""
-        if not copy.row.tokens or not copy.place.root_id:
-            return
-        superfluous = list(self._core.index.superseded_by(copy))
-        for other in superfluous:
-            other.superseded = True
-        self._dropping.drop_all(superfluous, effects)
 
     def _drop(self, reservation: Reservation, effects: Effects) -> None:
         """There will be no copy. Those who wait for the block are told at once, unless somebody else is saving it (W34)."""

@@ -21,7 +21,9 @@ class Limits:
 
     `chunk_tokens` is the most of one prompt in a batch beside rows that decode, and of all prompts together unless more
     sequences prefill than decode: it bounds inter-token time. Prefixes shorter than `min_shared` are not shared, prompts
-    shorter than it are computed in one piece. At most `residents` finished sequences stay in at most `resident_cells`.
+    shorter than it are computed in one piece. At most `residents` finished sequences stay, in at most `resident_cells`;
+    one that was computed while twice that many cells were in use does not: llama.cpp fills cells from the front, and every
+    step of others costs time for all cells up to the last one in use.
     """
 
     max_sequences: int
@@ -45,6 +47,11 @@ class Limits:
             raise ValueError("limits are at least 1")
         if min(self.min_shared, self.residents, self.resident_cells, self.swap_bytes) < 0:
             raise ValueError("limits are not below 0")
+
+    @property
+    def near_cells(self) -> int:
+        """Cells in use up to which what is computed lies near enough to the front to stay."""
+        return 2 * self.resident_cells
 
     @property
     def slots(self) -> int:

@@ -41,7 +41,7 @@ def limits(settings: EngineSettings) -> Callable[[Backend], Limits]:
 
     def make(backend: Backend) -> Limits:
         facts = backend.facts
-        resident_cells = settings.resident_cells or max(facts.cells // 8, facts.context_tokens)
+        resident_cells = settings.resident_cells or max(facts.cells // 16, facts.context_tokens)
         return Limits(
             max_sequences=facts.max_sequences,
             cells=facts.cells,

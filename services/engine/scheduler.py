@@ -94,7 +94,8 @@ class Scheduler(SchedulerState[Owner]):
         return bool(found)
 
     def _leave(self, sequence: Sequence[Owner], *, keep: bool) -> bool:
-        if not keep or not sequence.sharable or sequence.computed < self.limits.min_shared:
+        worthwhile = sequence.sharable and sequence.computed >= self.limits.min_shared
+        if not keep or not worthwhile or sequence.far:
             self._space.give(sequence.slot)
             return False
         resident = Resident(
@@ -155,6 +156,9 @@ class Scheduler(SchedulerState[Owner]):
             sequence.computed += count
             if sequence.phase is Phase.PREFILLING and sequence.computed == sequence.target:
                 sequence.phase = Phase.DECODING
+        if self._space.cells.used > self.limits.near_cells:
+            for sequence, _count in step.spans:
+                sequence.far = True
 
     # Admission.
 
@@ -229,6 +233,7 @@ class Scheduler(SchedulerState[Owner]):
             if source is not None:
                 space.share(source.slot, sequence.slot, shared)
         sequence.computed = shared
+        sequence.far = isinstance(source, Sequence) and source.far
         sequence.shared_tokens += shared
         self._drop_useless_pieces(sequence)
         sequence.phase = Phase.RESTORING if sequence.pieces else Phase.PREFILLING
@@ -278,6 +283,7 @@ class Scheduler(SchedulerState[Owner]):
         end = min(piece.end, sequence.target - 1)
         if self._space.free >= room and self._space.join(sequence, piece, end):
             sequence.pieces.popleft()
+            sequence.far |= self._space.cells.used > self.limits.near_cells
             self._drop_useless_pieces(sequence)
         else:
             sequence.pieces.clear()

@@ -56,6 +56,7 @@ class Sequence(Generic[Owner]):
 
     __slots__ = (
         "computed",
+        "far",
         "follow_end",
         "leader",
         "most_tokens",
@@ -94,6 +95,8 @@ class Sequence(Generic[Owner]):
         self.target = len(prompt)
         self.computed = 0
         self.slot = -1
+        self.far = False
+        """Whether cells of it may lie behind those that residents may fill; see Limits."""
         self.order = -1
         self.phase = Phase.NEW
         self.sharable = sharable

@@ -150,7 +150,7 @@ class EngineSettings(ProcessSettings):
     resident_cells: int = setting(
         "CARAVAN_ENGINE_RESIDENT_CELLS",
         "0",
-        "Most cells that only finished sequences hold; 0: an eighth of all, at least a context",
+        "Most cells that only finished sequences hold; 0: a sixteenth of all, at least a context",
         integer(0, 1 << 26),
     )
     session_seconds: float = setting(

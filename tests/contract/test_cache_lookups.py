@@ -8,7 +8,17 @@ import pytest
 from caravan.cache.v1 import cache_service_pb2 as pb
 
 from services.runtime.clock import ManualClock
-from tests.support.cache import ROOT_KEY, block, chain, key, refused, root, running_cache, until
+from tests.support.cache import (
+    ROOT_KEY,
+    EnginePeer,
+    block,
+    chain,
+    key,
+    refused,
+    root,
+    running_cache,
+    until,
+)
 
 TMPFS = root("tmpfs", pb.TIER_RAM_FILE)
 
@@ -157,6 +167,28 @@ async def test_claims_end_with_their_session_and_their_age() -> None:
             clock.advance(1)
             cache.servicer.expire()
         assert copy.claims == 0
+
+
+async def test_a_caller_that_leaves_keeps_no_claim() -> None:
+    """An Acquire that is cancelled at any moment pins nothing for long: its claim is released, or ends with its age."""
+    async with running_cache(claim_ttl_s=0.2, heartbeat_s=0.1) as cache:
+        engine = await cache.engine(held=chain(*range(50)))
+        beating = asyncio.create_task(_beat(engine))
+        session = cache.state.session(engine.session_id)
+        for turns in range(40):
+            call = asyncio.create_task(engine.acquire(list(range(50))))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            call.cancel()
+        await until(lambda: cache.state.core.counters.acquires > 0)
+        await until(lambda: len(session.claims) == 0)
+        beating.cancel()
+
+
+async def _beat(engine: EnginePeer) -> None:
+    while True:
+        await engine.send(pb.JoinRequest(heartbeat=pb.Heartbeat()))
+        await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ async def _ask_and_save(client: EngineClient, prompt: list[int]) -> Answer:
 
 
 async def test_a_restarted_engine_is_warm_from_disk(tmp_path: Path) -> None:
-    """Also from what was saved while it drained: a running answer's tail."""
+    """The second time it reads nothing: what was read stays in RAM."""
     async with running_cache() as cache:
         env: dict[str, Any] = {"CACHE": cache.address, **_disk(tmp_path / "kv")}
         async with running_engine(MODEL, **env) as client:
@@ -310,6 +310,23 @@ async def test_a_restarted_engine_is_warm_from_disk(tmp_path: Path) -> None:
             assert client.metric("caravan_kv_blocks_found_total", source="disk") == 4
             assert (await client.ask(prompt)).hit == "EXACT"
             assert client.metric("caravan_kv_blocks_found_total", source="ram") == 4
+
+
+async def test_an_engine_that_stops_saves_what_runs(tmp_path: Path) -> None:
+    """Its answers are cut off, not their state: the next start goes on from it."""
+    slow = "demo=scripted:?step_ms=5&tokens=4000&context=8000"
+    async with running_cache() as cache:
+        env: dict[str, Any] = {"CACHE": cache.address, **_disk(tmp_path / "kv")}
+        async with running_engine(slow, **env) as client:
+            await client.until_joined()
+            prompt = tokens(client, TEXT)
+            running = asyncio.ensure_future(client.ask(prompt))
+            await client.until(lambda load: load.phase == pb.ENGINE_PHASE_GENERATING)
+        await asyncio.gather(running, return_exceptions=True)
+        async with running_engine(slow, **env) as client:
+            await client.until_joined()
+            warm = await client.ask(prompt, max_tokens=2)
+            assert (warm.hit, warm.cached) == ("EXACT", len(prompt) - 1)
 
 
 async def test_an_engine_fetches_blocks_from_another(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -21,18 +24,25 @@ ROOT = Path(__file__).resolve().parents[2]
 STATE = [bytes(BLOCK.state)]
 
 
-async def writer_stopped_at(address: str, folder: Path, step: str) -> asyncio.subprocess.Process:
+@asynccontextmanager
+async def writer_stopped_at(
+    address: str, folder: Path, step: str
+) -> AsyncIterator[subprocess.Popen[bytes]]:
     """A process that stands still in the middle of a save."""
-    child = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.kv_steps", address, str(folder), step),
+    child = subprocess.Popen(  # noqa: ASYNC220 - it takes a millisecond
+        [sys.executable, "-m", "tests.support.kv_steps", address, str(folder), step],
         cwd=ROOT,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen'}"},
     )
-    assert child.stdout is not None
-    assert await child.stdout.readline() == b"stopped\n"
-    return child
+    with child:
+        assert child.stdout is not None
+        try:
+            assert await asyncio.to_thread(child.stdout.readline) == b"stopped\n"
+            yield child
+        finally:
+            child.kill()
 
 
 def visible(folder: Path) -> list[Path]:
@@ -74,14 +84,12 @@ async def test_the_writer_is_killed(tmp_path: Path, step: str) -> None:
             wait_seconds=20,
         ) as other,
     ):
-        child = await writer_stopped_at(service.address, tmp_path, step)
-        assert_whole(tmp_path)
         waiting: asyncio.Task[list[FoundBlock]] | None = None
-        if service.metric("caravan_cache_reservations") == 1:
-            waiting = asyncio.create_task(other.find(PROMPT, parent_key=BLOCK.key))
-            await until(lambda: service.metric("caravan_cache_waiters") == 1)
-        child.kill()
-        await child.wait()
+        async with writer_stopped_at(service.address, tmp_path, step):
+            assert_whole(tmp_path)
+            if service.metric("caravan_cache_reservations") == 1:
+                waiting = asyncio.create_task(other.find(PROMPT, parent_key=BLOCK.key))
+                await until(lambda: service.metric("caravan_cache_waiters") == 1)
         if waiting is not None:
             async with asyncio.timeout(10):  # Half of the time for which it would wait.
                 assert states(await waiting) in ([], STATE)

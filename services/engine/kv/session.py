@@ -147,7 +147,10 @@ class CacheSession:
             self._session_id = ""
             self._holdings.ram.unwatch()
             # The call last: cancelled first, it would cancel the tasks that write to it in its own way.
-            await cancel_all(parts)
+            for part in parts:
+                part.cancel()
+            # All of them, also those that ended together with the first: an error that nobody looks at is logged late.
+            await asyncio.gather(*parts, return_exceptions=True)
             call.cancel()
 
     def _begin(self, welcome: pb.Welcome) -> None:

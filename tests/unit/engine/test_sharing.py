@@ -166,6 +166,20 @@ def test_a_state_is_restored_only_where_there_is_room_for_all_of_it() -> None:
     assert (sequence.restored_tokens, sequence.computed > 0) == (0, True)
 
 
+def test_what_lies_far_back_does_not_stay() -> None:
+    """Computed beside much else, its cells are behind many: every later step would pay for all of these."""
+    rig = Rig(replace(SHARING, resident_cells=25))
+    first, second = rig.add(list(range(30))), rig.add(list(range(100, 130)))
+    for sequence in (first, second):
+        while sequence.phase is not Phase.DECODING:
+            rig.run()
+    rig.scheduler.end(first, 0, keep=True)
+    rig.scheduler.end(second, 0, keep=True)
+    assert rig.scheduler.residents == 0
+    rig.finish(rig.add(list(range(20))), 1)
+    assert rig.scheduler.residents == 1
+
+
 def test_residents_hold_no_more_cells_than_they_may() -> None:
     """The least recently used goes; one that is too large by itself does not stay."""
     rig = Rig(replace(SHARING, resident_cells=30))

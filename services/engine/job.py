@@ -121,6 +121,8 @@ class Job:
         self.prefill_at = now
         sequence = self.sequence
         self.cached_tokens = sequence.computed
+        if self.saving is not None:
+            self.saving.reused = sequence.computed
         if sequence.restored_tokens:
             whole = sequence.computed >= sequence.prompt_length - 1
             self.cache_hit = EXACT if whole else PARTIAL

@@ -22,7 +22,10 @@ BLOCKS_AT_AN_END: Final = 16
 
 
 class Saving:
-    """What is saved of one sequence. `ready` tokens of it may be packed from `slot`; `last` is set at its end."""
+    """What is saved of one sequence. `ready` tokens of it may be packed from `slot`; `last` is set at its end.
+
+    `reused` tokens were not computed: where they end inside a block, an earlier answer or prompt ended there.
+    """
 
     __slots__ = (
         "chain",
@@ -31,6 +34,7 @@ class Saving:
         "prompt_length",
         "queued",
         "ready",
+        "reused",
         "slot",
         "tokens",
     )
@@ -39,6 +43,7 @@ class Saving:
         self.chain = chain
         self.tokens = tokens
         self.prompt_length = prompt_length
+        self.reused = 0
         self.slot = -1
         self.ready = 0
         self.next_start = 0
@@ -59,13 +64,15 @@ class Saving:
     def block(self, start: int, end: int, reason: SaveReason, state: memoryview) -> SavedBlock:
         """The block of tokens [start, end)."""
         whole = end - start == BLOCK_TOKENS
+        # With its tokens told, a block takes the place of the tail that an earlier turn left of it.
+        holds_an_end = any(start < at < end for at in (self.reused, self.prompt_length))
         return SavedBlock(
             key=self.chain.key(self.tokens, end),
             parent=self.chain.key(self.tokens, start),
             start=start,
             end=end,
             tokens=tuple(self.tokens[start:end]),
-            partial=not whole or start < self.prompt_length < end,
+            partial=not whole or holds_an_end,
             reason=reason,
             state=state,
         )

@@ -35,7 +35,7 @@ class SavedBlock:
     """A block to keep: the KV state of the tokens [start, end) of a sequence.
 
     `key` is the key of tokens [0, end), `parent` that of [0, start). `partial` says that the block may be used in part
-    (an answer's tail, or the block in which a prompt ended). `state` is never changed afterwards.
+    (an answer's tail, or the block in which a prompt or an earlier answer ended). `state` is never changed afterwards.
     """
 
     key: bytes

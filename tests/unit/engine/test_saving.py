@@ -96,6 +96,19 @@ def test_blocks_of_prompt_and_answer_and_the_rest_at_the_end() -> None:
     assert not rig.saver.pending
 
 
+def test_the_block_that_grew_over_an_earlier_tail_tells_its_tokens() -> None:
+    """So that it takes the tail's place: the next turn of a chat began inside the block and its prompt ended after it."""
+    rig = Rig()
+    saving = rig.compute(0, prompt(600), 600)
+    saving.reused = 300
+    rig.saver.offer(saving, 0, 600)
+    rig.saver.work(10)
+    assert rig.store.places == [
+        (0, 256, SaveReason.COLD, False),
+        (256, 512, SaveReason.COLD, True),
+    ]
+
+
 def test_no_more_blocks_at_a_time_than_allowed_and_none_twice() -> None:
     """Blocks that the store holds cost nothing and do not count."""
     rig = Rig()

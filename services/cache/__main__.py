@@ -63,7 +63,7 @@ async def serve(settings: CacheSettings) -> int:
     registry = CollectorRegistry()
     servicer = compose(settings, registry, SystemClock(), random_id)
     server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
-    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.services)
     stopping = asyncio.Event()
     sweeper = asyncio.create_task(sweep(servicer, min(1.0, settings.heartbeat_s / 2)))
     # It never ends by itself; if a defect ends it, the process must not go on without it.

@@ -36,7 +36,7 @@ async def serve(settings: CoordinatorSettings) -> int:
         state, CoordinatorMetrics(registry, state), tracing, SystemClock(), random_id
     )
     server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
-    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     stopping = asyncio.Event()
     sweeper = asyncio.create_task(_sweep(servicer, settings.interval_s / 2))
     # It never ends by itself; if a defect ends it, the process must not go on without it.

@@ -100,7 +100,7 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
     await check_roots(settings, random_id)
     server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
     servicer = EngineServicer(engine, SystemClock(), tracing)
-    engine_service_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
+    engine_service_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     start_metrics(settings.metrics_address, metrics.registry)
     address = f"{settings.address.rpartition(':')[0]}:{port}"

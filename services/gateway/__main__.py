@@ -70,10 +70,10 @@ class Gateway:
         self.server = ServiceServer(settings.address, _SERVICES, settings.drain_grace_s)
         openai_grpc.add_OpenAIServiceServicer_to_server(
             OpenAIServicer(self.sessions, coordinator, clock, ids, settings.keepalive_s),
-            self.server.grpc,
+            self.server.services,
         )
         inference_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(self.sessions, coordinator, conversations, ids), self.server.grpc
+            InferenceServicer(self.sessions, coordinator, conversations, ids), self.server.services
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False

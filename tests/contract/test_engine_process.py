@@ -155,7 +155,7 @@ class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
 async def coordinator(address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Coordinator, int]]:
     server = ServiceServer(address, [], 0)
     servicer = Coordinator()  # type: ignore[abstract]
-    coordinator_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
+    coordinator_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     try:
         yield servicer, port

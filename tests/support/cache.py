@@ -301,7 +301,7 @@ async def running_cache(clock: Clock | None = None, **settings: Any) -> AsyncIte
     time = clock or SystemClock()
     servicer = compose(chosen, registry, time, CountingIds())
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     sweeper = None
     if clock is None:

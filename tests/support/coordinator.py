@@ -222,7 +222,7 @@ async def running_coordinator(
         state, CoordinatorMetrics(registry, state), tracing or NoTracing(), clock, CountingIds()
     )
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         stub = pb_grpc.CoordinatorServiceStub(channel)

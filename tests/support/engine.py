@@ -200,7 +200,7 @@ async def running_engine(
     engine = build_engine(settings, metrics)
     server = ServiceServer("127.0.0.1:0", [], 0)
     pb_grpc.add_EngineServiceServicer_to_server(
-        EngineServicer(engine, SystemClock(), NoTracing()), server.grpc
+        EngineServicer(engine, SystemClock(), NoTracing()), server.services
     )
     port = await server.start()
     loaded = asyncio.Event()

@@ -65,7 +65,7 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
         self.cancelled: list[str] = []
         self.running = 0
         self.server = ServiceServer(address, [], 0.0)
-        engine_grpc.add_EngineServiceServicer_to_server(self, self.server.grpc)
+        engine_grpc.add_EngineServiceServicer_to_server(self, self.server.services)
         self.address = ""
 
     async def start(self) -> None:
@@ -165,7 +165,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
         self.server = ServiceServer("127.0.0.1:0", [], 0.0)
-        coordinator_grpc.add_CoordinatorServiceServicer_to_server(self, self.server.grpc)
+        coordinator_grpc.add_CoordinatorServiceServicer_to_server(self, self.server.services)
 
     @property
     def held(self) -> set[str]:

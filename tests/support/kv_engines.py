@@ -121,7 +121,7 @@ async def running_engine(
     """A store with these roots; further fields of KvConfig as keywords."""
     servicer = _Servicer()  # type: ignore[abstract]  # Nothing else is called.
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_EngineServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_EngineServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     address = f"127.0.0.1:{port}"
     chosen = KvConfig(engine_id, address, cache_address, tuple(roots), **config)

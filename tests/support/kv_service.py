@@ -45,7 +45,7 @@ class MortalCache:
         """Starts with nothing in memory."""
         self._servicer = compose(self._settings, CollectorRegistry(), SystemClock(), random_id)
         self._server = ServiceServer(self.address, [], drain_grace_s=0)
-        pb_grpc.add_CacheServiceServicer_to_server(self._servicer, self._server.grpc)
+        pb_grpc.add_CacheServiceServicer_to_server(self._servicer, self._server.services)
         await self._server.start()
         self._sweeper = asyncio.create_task(sweep(self._servicer, self._settings.heartbeat_s / 2))
 
@@ -93,7 +93,7 @@ async def mute_cache() -> AsyncIterator[tuple[str, _Mute]]:
     """A service that welcomes engines and never answers a lookup: its address, and its count of them."""
     servicer = _Mute()  # type: ignore[abstract]  # Nothing else is called.
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     try:
         yield f"127.0.0.1:{port}", servicer

@@ -81,9 +81,9 @@ async def failing() -> AsyncIterator[tuple[Failure, grpc.aio.Channel]]:
     shown = Failure()
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
     coordinator = FailingCoordinator(shown)  # type: ignore[abstract]
-    pb_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc)
+    pb_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.services)
     openai = FailingOpenAI(shown)  # type: ignore[abstract]
-    openai_grpc.add_OpenAIServiceServicer_to_server(openai, server.grpc)
+    openai_grpc.add_OpenAIServiceServicer_to_server(openai, server.services)
     port = await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         yield shown, channel

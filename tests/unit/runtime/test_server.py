@@ -60,7 +60,7 @@ async def serving(
     """A server on a free port and a channel to it."""
     servicer = Slow()  # type: ignore[abstract]
     server = ServiceServer("127.0.0.1:0", [NAME], grace_s)
-    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         try:
@@ -205,7 +205,7 @@ async def test_every_shape_of_method_is_guarded() -> None:
     server = ServiceServer("127.0.0.1:0", [], 0)
     handlers: Any = {"Sum": grpc.stream_unary_rpc_method_handler(cast(Any, sum_up))}
     generic = grpc.method_handlers_generic_handler("caravan.sample.v1.Sample", handlers)
-    server.grpc.add_generic_rpc_handlers((generic,))
+    server.services.add_generic_rpc_handlers((generic,))
     port = await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         call: Any = channel.stream_unary("/caravan.sample.v1.Sample/Sum")

@@ -42,7 +42,7 @@ async def traced() -> AsyncIterator[tuple[Traced, pb_grpc.CoordinatorServiceAsyn
     """A server that traces, and a stub on a real channel: contexts must travel on the wire."""
     servicer = Traced(NoTracing())  # type: ignore[abstract]
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc)
+    pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     async with open_channel(f"127.0.0.1:{port}") as channel:
         yield servicer, pb_grpc.CoordinatorServiceStub(channel)

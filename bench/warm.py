@@ -1,10 +1,11 @@
 """Time to the first token of a prompt that was computed before, from each place where its KV state may be.
 
 `python -m bench.warm [--prompts 3] [--long 1]`. A 0.5B-shaped Q8_0 model; prompts of 2,048 and of 8,192 random tokens,
-asked through the whole stack (typed API, Envoy). Each prompt is asked cold; again from the engine's cells; then every
-process is ended and started anew with the same state directory, now without resident sequences, and it is asked twice:
-from disk, with its files put out of the page cache first, and from RAM. Then the same on a stack of two engines: cold on one,
-again on the other. Ratios are cold to warm of the same prompt; the medians count.
+asked through the whole stack (typed API, Envoy). Each prompt is asked cold and, once its blocks are saved (bench.publish
+says what saving costs), again from the engine's cells. Then every process is ended and started anew with the same state
+directory, now without resident sequences, and each prompt is asked twice: from disk, with its files put out of the page
+cache first, and from RAM. Then the same on a stack of two engines: cold on one, again on the other. Ratios are cold to warm
+of the same prompt; the medians count.
 """
 
 from __future__ import annotations
@@ -75,22 +76,22 @@ async def until_saved(folder: Path, blocks: int) -> None:
 
 
 async def first_life(stack: contestants.Stack, prompts: list[list[int]], state: Path) -> Times:
-    """Every prompt cold, then from the cells; returns when all blocks are on disk."""
+    """Every prompt cold, then from the cells."""
     found: Times = defaultdict(list)
     blocks = 0
     async with open_channel(f"127.0.0.1:{stack.server.port}") as channel:
         public = PublicClient(channel)
         await public.complete(contestants.MODEL_NAME, random_prompt(32, 0), ANSWER_TOKENS)
         for prompt in prompts:
-            answers = [
-                await public.complete(contestants.MODEL_NAME, prompt, ANSWER_TOKENS)
-                for _ in range(3)
-            ]
-            cold = expect(answers[0], "cold", f"{len(prompt)} tokens, cold")
-            warm = [expect(answer, "resident", RESIDENT) for answer in answers[1:]]
-            found[RESIDENT, len(prompt)].append((cold, median(warm)))
+            answer = await public.complete(contestants.MODEL_NAME, prompt, ANSWER_TOKENS)
+            cold = expect(answer, "cold", f"{len(prompt)} tokens, cold")
             blocks += len(prompt) // 256
             await until_saved(state, blocks)
+            warm = []
+            for _ in range(3):
+                answer = await public.complete(contestants.MODEL_NAME, prompt, ANSWER_TOKENS)
+                warm.append(expect(answer, "resident", RESIDENT))
+            found[RESIDENT, len(prompt)].append((cold, median(warm)))
     return found
 
 

@@ -150,7 +150,7 @@ async def test_the_grace_is_bounded() -> None:
 async def test_a_client_that_leaves_cancels_its_handler(
     streaming: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """CancelledError passes through the interceptor untouched: no error is logged, none is made of it."""
+    """CancelledError passes through the guard untouched: no error is logged, none is made of it."""
     async with serving() as (servicer, _, channel):
         stub = pb_grpc.CoordinatorServiceStub(channel)
         call: Any
@@ -216,7 +216,7 @@ async def test_every_shape_of_method_is_guarded() -> None:
 
 
 async def test_methods_that_nobody_wrote_are_unimplemented() -> None:
-    """The interceptor does not stumble over a method of the contract that is not served, nor over an unknown one."""
+    """The guard does not stumble over a method of the contract that is not served, nor over an unknown one."""
     async with serving() as (_, _server, channel):
         missing: Any = channel.unary_unary("/caravan.nothing.v1.Nothing/Do")
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -87,8 +87,9 @@ async def test_a_seed_gives_the_same_answer_and_another_seed_another(client: Eng
     seeded = [await client.ask("Tell me a story.", seed=seed, **wanted) for seed in (5, 6, 5, 7)]
     assert seeded[0].tokens == seeded[2].tokens
     assert len({tuple(answer.tokens) for answer in seeded}) == 3
-    free = [await client.ask("Tell me a story.", **wanted) for _ in range(2)]
-    assert free[0].tokens != free[1].tokens
+    # The likeliest of its stories comes in three answers of ten: twelve alike would be one case in a million.
+    free = [await client.ask("Tell me a story.", **wanted) for _ in range(12)]
+    assert len({tuple(answer.tokens) for answer in free}) > 1
 
 
 async def test_noise_is_keyed_by_position(client: EngineClient, plain: PlainLlama) -> None:

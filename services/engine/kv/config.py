@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from caravan.cache.v1 import cache_service_pb2 as pb
 
+from services.runtime.settings import byte_size
+
 MIB: Final = 1 << 20
 _TIERS: Final = {"ram_file": pb.TIER_RAM_FILE, "disk": pb.TIER_DISK}
-_UNITS: Final = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-_SIZE: Final = re.compile(r"([0-9]{1,15})(|KiB|MiB|GiB|TiB)")
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,13 @@ class KvConfig:
     stall_seconds: float = 2.0
 
 
-def parse_size(text: str) -> int:
-    """Bytes from a number with KiB, MiB, GiB, TiB or no unit. Raises ValueError."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no size such as 512MiB")
-    return int(match[1]) * _UNITS[match[2]]
-
-
 def parse_root(text: str) -> RootConfig:
     """TIER:PATH:QUOTA, such as `disk:/var/cache/caravan:4GiB` or `ram_file:/dev/shm/caravan:512MiB`. Raises ValueError."""
     tier, _, rest = text.partition(":")
     path, _, quota = rest.rpartition(":")
     if tier not in _TIERS or not path:
         raise ValueError(f"{text!r} is not disk:PATH:QUOTA or ram_file:PATH:QUOTA")
-    quota_bytes = parse_size(quota)
+    quota_bytes = byte_size(quota)
     if quota_bytes < 1:
         raise ValueError(f"the quota of {path} is zero")
     return RootConfig(_TIERS[tier], Path(path), quota_bytes)

@@ -9,7 +9,7 @@ from caravan.cache.v1 import cache_service_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engine.kv.config import RootConfig, parse_roots, parse_size
+from services.engine.kv.config import RootConfig, parse_roots
 from services.engine.kv.host_memory import host_memory, parse_meminfo
 from services.engine.kv.known import KnownKeys
 from services.engine.kv.session import BACKOFF_MOST_S, backoff_s
@@ -34,13 +34,13 @@ def test_wrong_roots(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("7", 7), ("2KiB", 2048), ("1TiB", 1 << 40)])
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_roots(f"disk:/a:{text}")[0].quota_bytes == size
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5GiB", "٣", "1 GiB"])
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(ValueError):
-        parse_size(text)
+        parse_roots(f"disk:/a:{text}")
 
 
 def test_meminfo() -> None:

@@ -85,6 +85,11 @@ TABLE: Final[Mapping[str, ErrorRow]] = {
     "INTERNAL": ErrorRow(grpc.StatusCode.INTERNAL, 500, _SERVER, "internal_error"),
     "MODEL_INVALID": ErrorRow(grpc.StatusCode.FAILED_PRECONDITION, 400, _SERVER, "model_invalid"),
     "QUEUE_TIMEOUT": ErrorRow(grpc.StatusCode.DEADLINE_EXCEEDED, 504, _SERVER, "queue_timeout"),
+    "ENGINE_NOT_FOUND": ErrorRow(grpc.StatusCode.NOT_FOUND, 404, _INVALID, "engine_not_found"),
+    "DEPLOYMENT_NOT_FOUND": ErrorRow(
+        grpc.StatusCode.NOT_FOUND, 404, _INVALID, "deployment_not_found"
+    ),
+    "ENGINE_STALLED": ErrorRow(grpc.StatusCode.UNAVAILABLE, 503, _SERVER, "engine_stalled"),
 }
 
 

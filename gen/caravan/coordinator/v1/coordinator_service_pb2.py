@@ -22,79 +22,96 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from caravan.coordinator.v1 import deployment_pb2 as caravan_dot_coordinator_dot_v1_dot_deployment__pb2
 from caravan.core.v1 import scheduling_pb2 as caravan_dot_core_dot_v1_dot_scheduling__pb2
 from caravan.engine.v1 import engine_service_pb2 as caravan_dot_engine_dot_v1_dot_engine__service__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n0caravan/coordinator/v1/coordinator_service.proto\x12\x16\x63\x61ravan.coordinator.v1\x1a caravan/core/v1/scheduling.proto\x1a&caravan/engine/v1/engine_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x11JoinEngineRequest\x12>\n\x08register\x18\x01 \x01(\x0b\x32*.caravan.coordinator.v1.EngineRegistrationH\x00\x12\x36\n\x06report\x18\x02 \x01(\x0b\x32$.caravan.coordinator.v1.EngineReportH\x00\x42\t\n\x07message\"\x92\x01\n\x12\x45ngineRegistration\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x05model\x18\x03 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x04 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"h\n\x0c\x45ngineReport\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x02 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"\x92\x01\n\x12JoinEngineResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32%.caravan.coordinator.v1.EngineWelcomeH\x00\x12\x37\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32%.caravan.coordinator.v1.CancelCommandH\x00\x42\t\n\x07message\"C\n\rEngineWelcome\x12\x32\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\rCancelCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"(\n\x12JoinGatewayRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"L\n\x13JoinGatewayResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd5\x01\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12+\n\x08priority\x18\x04 \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12+\n\x08max_wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61\x66\x66inity\x18\x07 \x03(\x0c\x12\x12\n\nsession_id\x18\x08 \x01(\t\"h\n\rRouteResponse\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.caravan.coordinator.v1.Lease\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"=\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"T\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x30\n\x07outcome\x18\x02 \x01(\x0e\x32\x1f.caravan.coordinator.v1.Outcome\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"%\n\x13\x43\x61ncelTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"(\n\x14\x43\x61ncelTenantResponse\x12\x10\n\x08requests\x18\x01 \x01(\r\"\x15\n\x13ListInflightRequest\"Q\n\x14ListInflightResponse\x12\x39\n\x08requests\x18\x01 \x03(\x0b\x32\'.caravan.coordinator.v1.InflightRequest\"\xb3\x02\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x05phase\x18\x07 \x01(\x0e\x32%.caravan.coordinator.v1.InflightPhase\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12+\n\x08priority\x18\t \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12)\n\x06queued\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"\x14\n\x12ListEnginesRequest\"F\n\x13ListEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.caravan.coordinator.v1.Engine\"\xda\x01\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x05model\x18\x03 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x04 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\x12\x0e\n\x06leases\x18\x05 \x01(\r\x12-\n\nreport_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bwritten_off\x18\x07 \x01(\r\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.caravan.coordinator.v1.Model\"\xa6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rready_engines\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\"%\n\x14\x44\x65scribeQueueRequest\x12\r\n\x05model\x18\x01 \x01(\t\"*\n\x15\x44\x65scribeQueueResponse\x12\x11\n\tsignature\x18\x01 \x01(\t*x\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_FINISHED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*\x85\x01\n\rInflightPhase\x12\x1e\n\x1aINFLIGHT_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15INFLIGHT_PHASE_QUEUED\x10\x01\x12\x1a\n\x16INFLIGHT_PHASE_RUNNING\x10\x02\x12\x1d\n\x19INFLIGHT_PHASE_CANCELLING\x10\x03\x32\x85\x08\n\x12\x43oordinatorService\x12g\n\nJoinEngine\x12).caravan.coordinator.v1.JoinEngineRequest\x1a*.caravan.coordinator.v1.JoinEngineResponse(\x01\x30\x01\x12j\n\x0bJoinGateway\x12*.caravan.coordinator.v1.JoinGatewayRequest\x1a+.caravan.coordinator.v1.JoinGatewayResponse(\x01\x30\x01\x12T\n\x05Route\x12$.caravan.coordinator.v1.RouteRequest\x1a%.caravan.coordinator.v1.RouteResponse\x12Z\n\x07Release\x12&.caravan.coordinator.v1.ReleaseRequest\x1a\'.caravan.coordinator.v1.ReleaseResponse\x12W\n\x06\x43\x61ncel\x12%.caravan.coordinator.v1.CancelRequest\x1a&.caravan.coordinator.v1.CancelResponse\x12i\n\x0c\x43\x61ncelTenant\x12+.caravan.coordinator.v1.CancelTenantRequest\x1a,.caravan.coordinator.v1.CancelTenantResponse\x12i\n\x0cListInflight\x12+.caravan.coordinator.v1.ListInflightRequest\x1a,.caravan.coordinator.v1.ListInflightResponse\x12\x66\n\x0bListEngines\x12*.caravan.coordinator.v1.ListEnginesRequest\x1a+.caravan.coordinator.v1.ListEnginesResponse\x12\x63\n\nListModels\x12).caravan.coordinator.v1.ListModelsRequest\x1a*.caravan.coordinator.v1.ListModelsResponse\x12l\n\rDescribeQueue\x12,.caravan.coordinator.v1.DescribeQueueRequest\x1a-.caravan.coordinator.v1.DescribeQueueResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n0caravan/coordinator/v1/coordinator_service.proto\x12\x16\x63\x61ravan.coordinator.v1\x1a\'caravan/coordinator/v1/deployment.proto\x1a caravan/core/v1/scheduling.proto\x1a&caravan/engine/v1/engine_service.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x01\n\x11JoinEngineRequest\x12>\n\x08register\x18\x01 \x01(\x0b\x32*.caravan.coordinator.v1.EngineRegistrationH\x00\x12\x36\n\x06report\x18\x02 \x01(\x0b\x32$.caravan.coordinator.v1.EngineReportH\x00\x42\t\n\x07message\"\xb9\x01\n\x12\x45ngineRegistration\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x05model\x18\x03 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x04 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x10\n\x08revision\x18\x06 \x01(\t\"\x9e\x01\n\x0c\x45ngineReport\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x02 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\x12\x34\n\x08requests\x18\x03 \x03(\x0b\x32\".caravan.engine.v1.InflightRequest\"\x84\x02\n\x12JoinEngineResponse\x12\x38\n\x07welcome\x18\x01 \x01(\x0b\x32%.caravan.coordinator.v1.EngineWelcomeH\x00\x12\x37\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32%.caravan.coordinator.v1.CancelCommandH\x00\x12\x35\n\x05\x64rain\x18\x03 \x01(\x0b\x32$.caravan.coordinator.v1.DrainCommandH\x00\x12\x39\n\x07undrain\x18\x04 \x01(\x0b\x32&.caravan.coordinator.v1.UndrainCommandH\x00\x42\t\n\x07message\"C\n\rEngineWelcome\x12\x32\n\x0freport_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\rCancelCommand\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"F\n\x0c\x44rainCommand\x12(\n\x05grace\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04stop\x18\x02 \x01(\x08\"\x10\n\x0eUndrainCommand\"Y\n\x12JoinGatewayRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12/\n\x04held\x18\x02 \x03(\x0b\x32!.caravan.coordinator.v1.HeldLease\"\xcd\x01\n\tHeldLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12+\n\x08priority\x18\x06 \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12&\n\x03\x61ge\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x13JoinGatewayResponse\x12\x35\n\x12heartbeat_interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0ftaken_lease_ids\x18\x02 \x03(\t\"\xd3\x02\n\x0cRouteRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12+\n\x08priority\x18\x04 \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x0e\n\x06tenant\x18\x05 \x01(\t\x12+\n\x08max_wait\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x61\x66\x66inity\x18\x07 \x03(\x0c\x12\x12\n\nsession_id\x18\x08 \x01(\t\x12\x1a\n\x12\x61void_incarnations\x18\t \x03(\t\x12\x0f\n\x07resumed\x18\n \x01(\x08\x12\x15\n\rmay_fall_back\x18\x0b \x01(\x08\x12\x38\n\x06\x66\x61iled\x18\x0c \x03(\x0b\x32(.caravan.coordinator.v1.FailedDeployment\"X\n\x10\x46\x61iledDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x36\n\x06reason\x18\x02 \x01(\x0e\x32&.caravan.coordinator.v1.FallbackReason\"\x8b\x01\n\rRouteResponse\x12,\n\x05lease\x18\x01 \x01(\x0b\x32\x1d.caravan.coordinator.v1.Lease\x12)\n\x06queued\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nidempotent\x18\x04 \x01(\x08\"R\n\x05Lease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x11\n\tengine_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\"h\n\x0eReleaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x30\n\x07outcome\x18\x02 \x01(\x0e\x32\x1f.caravan.coordinator.v1.Outcome\x12\x12\n\nfinish_key\x18\x03 \x01(\x0c\"#\n\x0fReleaseResponse\x12\x10\n\x08released\x18\x01 \x01(\x08\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x10\n\x0e\x43\x61ncelResponse\"%\n\x13\x43\x61ncelTenantRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"(\n\x14\x43\x61ncelTenantResponse\x12\x10\n\x08requests\x18\x01 \x01(\r\"\x15\n\x13ListInflightRequest\"Q\n\x14ListInflightResponse\x12\x39\n\x08requests\x18\x01 \x03(\x0b\x32\'.caravan.coordinator.v1.InflightRequest\"\x9c\x03\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\tengine_id\x18\x03 \x01(\t\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x10\n\x08lease_id\x18\x05 \x01(\t\x12&\n\x03\x61ge\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x05phase\x18\x07 \x01(\x0e\x32%.caravan.coordinator.v1.InflightPhase\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12+\n\x08priority\x18\t \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12)\n\x06queued\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x0c\x65ngine_phase\x18\x0b \x01(\x0e\x32\x1f.caravan.engine.v1.RequestPhase\x12\x15\n\rprompt_tokens\x18\x0c \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\r \x01(\r\"\x14\n\x12ListEnginesRequest\"F\n\x13ListEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.caravan.coordinator.v1.Engine\"\x81\x02\n\x06\x45ngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12+\n\x05model\x18\x03 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x04 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\x12\x0e\n\x06leases\x18\x05 \x01(\r\x12-\n\nreport_age\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bwritten_off\x18\x07 \x01(\r\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x10\n\x08revision\x18\t \x01(\t\"\x13\n\x11ListModelsRequest\"C\n\x12ListModelsResponse\x12-\n\x06models\x18\x01 \x03(\x0b\x32\x1d.caravan.coordinator.v1.Model\"\xa6\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07\x63reated\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x15\n\rready_engines\x18\x04 \x01(\r\x12\x11\n\tin_flight\x18\x05 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x06 \x01(\r\x12\x0e\n\x06queued\x18\x07 \x01(\r\"_\n\x12\x44rainEngineRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12(\n\x05grace\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04stop\x18\x03 \x01(\x08\"%\n\x13\x44rainEngineResponse\x12\x0e\n\x06leases\x18\x01 \x01(\r\")\n\x14UndrainEngineRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\"\x17\n\x15UndrainEngineResponse\"%\n\x14\x44\x65scribeQueueRequest\x12\r\n\x05model\x18\x01 \x01(\t\"*\n\x15\x44\x65scribeQueueResponse\x12\x11\n\tsignature\x18\x01 \x01(\t*x\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x14\n\x10OUTCOME_FINISHED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x13\n\x0fOUTCOME_REFUSED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04*\x85\x01\n\rInflightPhase\x12\x1e\n\x1aINFLIGHT_PHASE_UNSPECIFIED\x10\x00\x12\x19\n\x15INFLIGHT_PHASE_QUEUED\x10\x01\x12\x1a\n\x16INFLIGHT_PHASE_RUNNING\x10\x02\x12\x1d\n\x19INFLIGHT_PHASE_CANCELLING\x10\x03\x32\xdb\t\n\x12\x43oordinatorService\x12g\n\nJoinEngine\x12).caravan.coordinator.v1.JoinEngineRequest\x1a*.caravan.coordinator.v1.JoinEngineResponse(\x01\x30\x01\x12j\n\x0bJoinGateway\x12*.caravan.coordinator.v1.JoinGatewayRequest\x1a+.caravan.coordinator.v1.JoinGatewayResponse(\x01\x30\x01\x12T\n\x05Route\x12$.caravan.coordinator.v1.RouteRequest\x1a%.caravan.coordinator.v1.RouteResponse\x12Z\n\x07Release\x12&.caravan.coordinator.v1.ReleaseRequest\x1a\'.caravan.coordinator.v1.ReleaseResponse\x12W\n\x06\x43\x61ncel\x12%.caravan.coordinator.v1.CancelRequest\x1a&.caravan.coordinator.v1.CancelResponse\x12i\n\x0c\x43\x61ncelTenant\x12+.caravan.coordinator.v1.CancelTenantRequest\x1a,.caravan.coordinator.v1.CancelTenantResponse\x12i\n\x0cListInflight\x12+.caravan.coordinator.v1.ListInflightRequest\x1a,.caravan.coordinator.v1.ListInflightResponse\x12\x66\n\x0bListEngines\x12*.caravan.coordinator.v1.ListEnginesRequest\x1a+.caravan.coordinator.v1.ListEnginesResponse\x12\x63\n\nListModels\x12).caravan.coordinator.v1.ListModelsRequest\x1a*.caravan.coordinator.v1.ListModelsResponse\x12\x66\n\x0b\x44rainEngine\x12*.caravan.coordinator.v1.DrainEngineRequest\x1a+.caravan.coordinator.v1.DrainEngineResponse\x12l\n\rUndrainEngine\x12,.caravan.coordinator.v1.UndrainEngineRequest\x1a-.caravan.coordinator.v1.UndrainEngineResponse\x12l\n\rDescribeQueue\x12,.caravan.coordinator.v1.DescribeQueueRequest\x1a-.caravan.coordinator.v1.DescribeQueueResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.coordinator.v1.coordinator_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=2715
-  _globals['_OUTCOME']._serialized_end=2835
-  _globals['_INFLIGHTPHASE']._serialized_start=2838
-  _globals['_INFLIGHTPHASE']._serialized_end=2971
-  _globals['_JOINENGINEREQUEST']._serialized_start=216
-  _globals['_JOINENGINEREQUEST']._serialized_end=366
-  _globals['_ENGINEREGISTRATION']._serialized_start=369
-  _globals['_ENGINEREGISTRATION']._serialized_end=515
-  _globals['_ENGINEREPORT']._serialized_start=517
-  _globals['_ENGINEREPORT']._serialized_end=621
-  _globals['_JOINENGINERESPONSE']._serialized_start=624
-  _globals['_JOINENGINERESPONSE']._serialized_end=770
-  _globals['_ENGINEWELCOME']._serialized_start=772
-  _globals['_ENGINEWELCOME']._serialized_end=839
-  _globals['_CANCELCOMMAND']._serialized_start=841
-  _globals['_CANCELCOMMAND']._serialized_end=876
-  _globals['_JOINGATEWAYREQUEST']._serialized_start=878
-  _globals['_JOINGATEWAYREQUEST']._serialized_end=918
-  _globals['_JOINGATEWAYRESPONSE']._serialized_start=920
-  _globals['_JOINGATEWAYRESPONSE']._serialized_end=996
-  _globals['_ROUTEREQUEST']._serialized_start=999
-  _globals['_ROUTEREQUEST']._serialized_end=1212
-  _globals['_ROUTERESPONSE']._serialized_start=1214
-  _globals['_ROUTERESPONSE']._serialized_end=1318
-  _globals['_LEASE']._serialized_start=1320
-  _globals['_LEASE']._serialized_end=1381
-  _globals['_RELEASEREQUEST']._serialized_start=1383
-  _globals['_RELEASEREQUEST']._serialized_end=1467
-  _globals['_RELEASERESPONSE']._serialized_start=1469
-  _globals['_RELEASERESPONSE']._serialized_end=1504
-  _globals['_CANCELREQUEST']._serialized_start=1506
-  _globals['_CANCELREQUEST']._serialized_end=1541
-  _globals['_CANCELRESPONSE']._serialized_start=1543
-  _globals['_CANCELRESPONSE']._serialized_end=1559
-  _globals['_CANCELTENANTREQUEST']._serialized_start=1561
-  _globals['_CANCELTENANTREQUEST']._serialized_end=1598
-  _globals['_CANCELTENANTRESPONSE']._serialized_start=1600
-  _globals['_CANCELTENANTRESPONSE']._serialized_end=1640
-  _globals['_LISTINFLIGHTREQUEST']._serialized_start=1642
-  _globals['_LISTINFLIGHTREQUEST']._serialized_end=1663
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=1665
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=1746
-  _globals['_INFLIGHTREQUEST']._serialized_start=1749
-  _globals['_INFLIGHTREQUEST']._serialized_end=2056
-  _globals['_LISTENGINESREQUEST']._serialized_start=2058
-  _globals['_LISTENGINESREQUEST']._serialized_end=2078
-  _globals['_LISTENGINESRESPONSE']._serialized_start=2080
-  _globals['_LISTENGINESRESPONSE']._serialized_end=2150
-  _globals['_ENGINE']._serialized_start=2153
-  _globals['_ENGINE']._serialized_end=2371
-  _globals['_LISTMODELSREQUEST']._serialized_start=2373
-  _globals['_LISTMODELSREQUEST']._serialized_end=2392
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2394
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2461
-  _globals['_MODEL']._serialized_start=2464
-  _globals['_MODEL']._serialized_end=2630
-  _globals['_DESCRIBEQUEUEREQUEST']._serialized_start=2632
-  _globals['_DESCRIBEQUEUEREQUEST']._serialized_end=2669
-  _globals['_DESCRIBEQUEUERESPONSE']._serialized_start=2671
-  _globals['_DESCRIBEQUEUERESPONSE']._serialized_end=2713
-  _globals['_COORDINATORSERVICE']._serialized_start=2974
-  _globals['_COORDINATORSERVICE']._serialized_end=4003
+  _globals['_OUTCOME']._serialized_start=3977
+  _globals['_OUTCOME']._serialized_end=4097
+  _globals['_INFLIGHTPHASE']._serialized_start=4100
+  _globals['_INFLIGHTPHASE']._serialized_end=4233
+  _globals['_JOINENGINEREQUEST']._serialized_start=257
+  _globals['_JOINENGINEREQUEST']._serialized_end=407
+  _globals['_ENGINEREGISTRATION']._serialized_start=410
+  _globals['_ENGINEREGISTRATION']._serialized_end=595
+  _globals['_ENGINEREPORT']._serialized_start=598
+  _globals['_ENGINEREPORT']._serialized_end=756
+  _globals['_JOINENGINERESPONSE']._serialized_start=759
+  _globals['_JOINENGINERESPONSE']._serialized_end=1019
+  _globals['_ENGINEWELCOME']._serialized_start=1021
+  _globals['_ENGINEWELCOME']._serialized_end=1088
+  _globals['_CANCELCOMMAND']._serialized_start=1090
+  _globals['_CANCELCOMMAND']._serialized_end=1125
+  _globals['_DRAINCOMMAND']._serialized_start=1127
+  _globals['_DRAINCOMMAND']._serialized_end=1197
+  _globals['_UNDRAINCOMMAND']._serialized_start=1199
+  _globals['_UNDRAINCOMMAND']._serialized_end=1215
+  _globals['_JOINGATEWAYREQUEST']._serialized_start=1217
+  _globals['_JOINGATEWAYREQUEST']._serialized_end=1306
+  _globals['_HELDLEASE']._serialized_start=1309
+  _globals['_HELDLEASE']._serialized_end=1514
+  _globals['_JOINGATEWAYRESPONSE']._serialized_start=1516
+  _globals['_JOINGATEWAYRESPONSE']._serialized_end=1617
+  _globals['_ROUTEREQUEST']._serialized_start=1620
+  _globals['_ROUTEREQUEST']._serialized_end=1959
+  _globals['_FAILEDDEPLOYMENT']._serialized_start=1961
+  _globals['_FAILEDDEPLOYMENT']._serialized_end=2049
+  _globals['_ROUTERESPONSE']._serialized_start=2052
+  _globals['_ROUTERESPONSE']._serialized_end=2191
+  _globals['_LEASE']._serialized_start=2193
+  _globals['_LEASE']._serialized_end=2275
+  _globals['_RELEASEREQUEST']._serialized_start=2277
+  _globals['_RELEASEREQUEST']._serialized_end=2381
+  _globals['_RELEASERESPONSE']._serialized_start=2383
+  _globals['_RELEASERESPONSE']._serialized_end=2418
+  _globals['_CANCELREQUEST']._serialized_start=2420
+  _globals['_CANCELREQUEST']._serialized_end=2455
+  _globals['_CANCELRESPONSE']._serialized_start=2457
+  _globals['_CANCELRESPONSE']._serialized_end=2473
+  _globals['_CANCELTENANTREQUEST']._serialized_start=2475
+  _globals['_CANCELTENANTREQUEST']._serialized_end=2512
+  _globals['_CANCELTENANTRESPONSE']._serialized_start=2514
+  _globals['_CANCELTENANTRESPONSE']._serialized_end=2554
+  _globals['_LISTINFLIGHTREQUEST']._serialized_start=2556
+  _globals['_LISTINFLIGHTREQUEST']._serialized_end=2577
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=2579
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=2660
+  _globals['_INFLIGHTREQUEST']._serialized_start=2663
+  _globals['_INFLIGHTREQUEST']._serialized_end=3075
+  _globals['_LISTENGINESREQUEST']._serialized_start=3077
+  _globals['_LISTENGINESREQUEST']._serialized_end=3097
+  _globals['_LISTENGINESRESPONSE']._serialized_start=3099
+  _globals['_LISTENGINESRESPONSE']._serialized_end=3169
+  _globals['_ENGINE']._serialized_start=3172
+  _globals['_ENGINE']._serialized_end=3429
+  _globals['_LISTMODELSREQUEST']._serialized_start=3431
+  _globals['_LISTMODELSREQUEST']._serialized_end=3450
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3452
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3519
+  _globals['_MODEL']._serialized_start=3522
+  _globals['_MODEL']._serialized_end=3688
+  _globals['_DRAINENGINEREQUEST']._serialized_start=3690
+  _globals['_DRAINENGINEREQUEST']._serialized_end=3785
+  _globals['_DRAINENGINERESPONSE']._serialized_start=3787
+  _globals['_DRAINENGINERESPONSE']._serialized_end=3824
+  _globals['_UNDRAINENGINEREQUEST']._serialized_start=3826
+  _globals['_UNDRAINENGINEREQUEST']._serialized_end=3867
+  _globals['_UNDRAINENGINERESPONSE']._serialized_start=3869
+  _globals['_UNDRAINENGINERESPONSE']._serialized_end=3892
+  _globals['_DESCRIBEQUEUEREQUEST']._serialized_start=3894
+  _globals['_DESCRIBEQUEUEREQUEST']._serialized_end=3931
+  _globals['_DESCRIBEQUEUERESPONSE']._serialized_start=3933
+  _globals['_DESCRIBEQUEUERESPONSE']._serialized_end=3975
+  _globals['_COORDINATORSERVICE']._serialized_start=4236
+  _globals['_COORDINATORSERVICE']._serialized_end=5479
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 isort:skip_file
 The contract of the coordinator: who serves what, and who may use it."""
 
+from caravan.coordinator.v1 import deployment_pb2 as _deployment_pb2
 from caravan.core.v1 import scheduling_pb2 as _scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as _engine_service_pb2
 from collections import abc as _abc
@@ -125,10 +126,16 @@ class EngineRegistration(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Id of the engine, the same after a restart. 1 to 128 bytes."""
     address: _builtins.str
     """Address on which it serves EngineService, as host:port."""
+    incarnation: _builtins.str
+    """Id of the life of the engine's process, new after each start. 1 to 128 bytes."""
+    revision: _builtins.str
+    """Revision of the deployment for which it was started. Empty: it was started by hand."""
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """The model."""
@@ -144,10 +151,12 @@ class EngineRegistration(_message.Message):
         address: _builtins.str = ...,
         model: _engine_service_pb2.ModelInfo | None = ...,
         load: _engine_service_pb2.EngineLoad | None = ...,
+        incarnation: _builtins.str = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "load", b"load", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "incarnation", b"incarnation", "load", b"load", "model", b"model", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -161,6 +170,7 @@ class EngineReport(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """The model, once its details are known."""
@@ -169,15 +179,20 @@ class EngineReport(_message.Message):
     def load(self) -> _engine_service_pb2.EngineLoad:
         """What it does."""
 
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[_engine_service_pb2.InflightRequest]:
+        """Its requests in flight, oldest first, at most 1024. Only in the report of each interval, not in those at changes of phase."""
+
     def __init__(
         self,
         *,
         model: _engine_service_pb2.ModelInfo | None = ...,
         load: _engine_service_pb2.EngineLoad | None = ...,
+        requests: _abc.Iterable[_engine_service_pb2.InflightRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,6 +206,8 @@ class JoinEngineResponse(_message.Message):
 
     WELCOME_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    UNDRAIN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___EngineWelcome:
         """The registration was taken. First message."""
@@ -199,17 +216,27 @@ class JoinEngineResponse(_message.Message):
     def cancel(self) -> Global___CancelCommand:
         """End a request."""
 
+    @_builtins.property
+    def drain(self) -> Global___DrainCommand:
+        """Take no more requests."""
+
+    @_builtins.property
+    def undrain(self) -> Global___UndrainCommand:
+        """Take requests again."""
+
     def __init__(
         self,
         *,
         welcome: Global___EngineWelcome | None = ...,
         cancel: Global___CancelCommand | None = ...,
+        drain: Global___DrainCommand | None = ...,
+        undrain: Global___UndrainCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "message", b"message", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "cancel", "drain", "undrain"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -262,28 +289,133 @@ class CancelCommand(_message.Message):
 Global___CancelCommand: _TypeAlias = CancelCommand  # noqa: Y015
 
 @_typing.final
+class DrainCommand(_message.Message):
+    """Take no more requests, and let those that run finish."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRACE_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    stop: _builtins.bool
+    """End the process when nothing runs any more."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """Time after which what still runs ends with DRAINING, so that its gateway moves it. 0: at once."""
+
+    def __init__(
+        self,
+        *,
+        grace: _duration_pb2.Duration | None = ...,
+        stop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainCommand: _TypeAlias = DrainCommand  # noqa: Y015
+
+@_typing.final
+class UndrainCommand(_message.Message):
+    """Take requests again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndrainCommand: _TypeAlias = UndrainCommand  # noqa: Y015
+
+@_typing.final
 class JoinGatewayRequest(_message.Message):
     """From a gateway."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """Id of the gateway's session, new after each restart. 1 to 128 bytes. Only in the first message; those after it
     are heartbeats.
     """
+    @_builtins.property
+    def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
+        """Leases of its session before, whose requests still run: a coordinator that has started anew learns them. Only in the
+        first message.
+        """
+
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
+        held: _abc.Iterable[Global___HeldLease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "held", b"held"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinGatewayRequest: _TypeAlias = JoinGatewayRequest  # noqa: Y015
+
+@_typing.final
+class HeldLease(_message.Message):
+    """A lease that a gateway holds, as it was granted by an earlier coordinator or to an earlier session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """Id of the lease; it stays the same."""
+    request_id: _builtins.str
+    """Id of the request."""
+    model: _builtins.str
+    """Name of the deployment."""
+    engine_id: _builtins.str
+    """The engine."""
+    incarnation: _builtins.str
+    """The life of the engine that granted it; a lease on a former life is not taken."""
+    priority: _scheduling_pb2.Priority.ValueType
+    """Who goes first."""
+    tenant: _builtins.str
+    """On whose behalf."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Time since the request asked for a route."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        engine_id: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        priority: _scheduling_pb2.Priority.ValueType = ...,
+        tenant: _builtins.str = ...,
+        age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "engine_id", b"engine_id", "incarnation", b"incarnation", "lease_id", b"lease_id", "model", b"model", "priority", b"priority", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldLease: _TypeAlias = HeldLease  # noqa: Y015
 
 @_typing.final
 class JoinGatewayResponse(_message.Message):
@@ -292,18 +424,24 @@ class JoinGatewayResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    TAKEN_LEASE_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
         """Time between heartbeats. The gateway is taken for dead after three of them in silence. In every message."""
+
+    @_builtins.property
+    def taken_lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases of `held` that were taken. Those whose engine has not joined yet are taken when it does. Only in the first message."""
 
     def __init__(
         self,
         *,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        taken_lease_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "taken_lease_ids", b"taken_lease_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,6 +461,10 @@ class RouteRequest(_message.Message):
     MAX_WAIT_FIELD_NUMBER: _builtins.int
     AFFINITY_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    AVOID_INCARNATIONS_FIELD_NUMBER: _builtins.int
+    RESUMED_FIELD_NUMBER: _builtins.int
+    MAY_FALL_BACK_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, unique among those in flight. 1 to 128 bytes."""
     gateway_id: _builtins.str
@@ -335,6 +477,14 @@ class RouteRequest(_message.Message):
     """On whose behalf, at most 128 bytes. Tenants share the engines of a model by their weights. Empty is a tenant too."""
     session_id: _builtins.str
     """Conversation, at most 128 bytes: its requests go to one engine while that lives and has room. Empty: none."""
+    resumed: _builtins.bool
+    """Whether the request runs already and has lost its engine: it goes before all others, and waits also while the model has no
+    engine that is ready.
+    """
+    may_fall_back: _builtins.bool
+    """Whether the grant may be on another deployment, as the fallback of this one says. A request that has produced tokens
+    stays with its deployment.
+    """
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
         """Longest time to wait for a free sequence, at most what the coordinator is set to. 0: do not wait. Default: that setting."""
@@ -344,6 +494,14 @@ class RouteRequest(_message.Message):
         """Hashes of the prompt at each message boundary, the longest prefix last: a request goes to where a prefix of its prompt
         was last computed. At most 64 of at most 64 bytes.
         """
+
+    @_builtins.property
+    def avoid_incarnations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Lives of engines that it must not go to, because it has just been lost or refused there. At most 16."""
+
+    @_builtins.property
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedDeployment]:
+        """Deployments of the chain that have refused the request by themselves, with why. At most 16."""
 
     def __init__(
         self,
@@ -356,14 +514,44 @@ class RouteRequest(_message.Message):
         max_wait: _duration_pb2.Duration | None = ...,
         affinity: _abc.Iterable[_builtins.bytes] | None = ...,
         session_id: _builtins.str = ...,
+        avoid_incarnations: _abc.Iterable[_builtins.str] | None = ...,
+        resumed: _builtins.bool = ...,
+        may_fall_back: _builtins.bool = ...,
+        failed: _abc.Iterable[Global___FailedDeployment] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "gateway_id", b"gateway_id", "max_wait", b"max_wait", "model", b"model", "priority", b"priority", "request_id", b"request_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "avoid_incarnations", b"avoid_incarnations", "failed", b"failed", "gateway_id", b"gateway_id", "max_wait", b"max_wait", "may_fall_back", b"may_fall_back", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouteRequest: _TypeAlias = RouteRequest  # noqa: Y015
+
+@_typing.final
+class FailedDeployment(_message.Message):
+    """A deployment that could not serve a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    reason: _deployment_pb2.FallbackReason.ValueType
+    """Why."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _deployment_pb2.FallbackReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FailedDeployment: _TypeAlias = FailedDeployment  # noqa: Y015
 
 @_typing.final
 class RouteResponse(_message.Message):
@@ -373,6 +561,12 @@ class RouteResponse(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    IDEMPOTENT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Name of the deployment that serves the request: the one that was asked for, or one of its fallbacks."""
+    idempotent: _builtins.bool
+    """Whether a request of this deployment may be sent to a second engine once the first may have begun it."""
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The lease."""
@@ -386,10 +580,12 @@ class RouteResponse(_message.Message):
         *,
         lease: Global___Lease | None = ...,
         queued: _duration_pb2.Duration | None = ...,
+        model: _builtins.str = ...,
+        idempotent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotent", b"idempotent", "lease", b"lease", "model", b"model", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,22 +600,26 @@ class Lease(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     ENGINE_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """Id of the lease."""
     engine_id: _builtins.str
     """The engine."""
     address: _builtins.str
     """Address of the engine, as host:port."""
+    incarnation: _builtins.str
+    """The life of the engine."""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         engine_id: _builtins.str = ...,
         address: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "incarnation", b"incarnation", "lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,19 +633,23 @@ class ReleaseRequest(_message.Message):
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
+    FINISH_KEY_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """Id of the lease."""
     outcome: Global___Outcome.ValueType
     """How the request ended."""
+    finish_key: _builtins.bytes
+    """Key of the KV state that it left (Finished.finish_key). Empty: none."""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         outcome: Global___Outcome.ValueType = ...,
+        finish_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_key", b"finish_key", "lease_id", b"lease_id", "outcome", b"outcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -613,6 +817,9 @@ class InflightRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     QUEUED_FIELD_NUMBER: _builtins.int
+    ENGINE_PHASE_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Its id."""
     model: _builtins.str
@@ -629,6 +836,12 @@ class InflightRequest(_message.Message):
     """On whose behalf."""
     priority: _scheduling_pb2.Priority.ValueType
     """Who goes first among those that wait."""
+    engine_phase: _engine_service_pb2.RequestPhase.ValueType
+    """Where it stands on its engine, as of the engine's last report."""
+    prompt_tokens: _builtins.int
+    """Tokens of its prompt; 0 until the engine has told."""
+    completion_tokens: _builtins.int
+    """Tokens generated so far, as of the engine's last report."""
     @_builtins.property
     def age(self) -> _duration_pb2.Duration:
         """Time since it asked for a route."""
@@ -650,10 +863,13 @@ class InflightRequest(_message.Message):
         tenant: _builtins.str = ...,
         priority: _scheduling_pb2.Priority.ValueType = ...,
         queued: _duration_pb2.Duration | None = ...,
+        engine_phase: _engine_service_pb2.RequestPhase.ValueType = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "engine_id", b"engine_id", "gateway_id", b"gateway_id", "lease_id", b"lease_id", "model", b"model", "phase", b"phase", "priority", b"priority", "queued", b"queued", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "completion_tokens", b"completion_tokens", "engine_id", b"engine_id", "engine_phase", b"engine_phase", "gateway_id", b"gateway_id", "lease_id", b"lease_id", "model", b"model", "phase", b"phase", "priority", b"priority", "prompt_tokens", b"prompt_tokens", "queued", b"queued", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -713,6 +929,8 @@ class Engine(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     REPORT_AGE_FIELD_NUMBER: _builtins.int
     WRITTEN_OFF_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Its id."""
     address: _builtins.str
@@ -721,6 +939,10 @@ class Engine(_message.Message):
     """Leases that are held on it."""
     written_off: _builtins.int
     """Requests that it has not ended in time after it was asked to."""
+    incarnation: _builtins.str
+    """The life of its process."""
+    revision: _builtins.str
+    """Revision of the deployment for which it was started. Empty: by hand."""
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """Its model."""
@@ -743,10 +965,12 @@ class Engine(_message.Message):
         leases: _builtins.int = ...,
         report_age: _duration_pb2.Duration | None = ...,
         written_off: _builtins.int = ...,
+        incarnation: _builtins.str = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "report_age", b"report_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age", "written_off", b"written_off"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "incarnation", b"incarnation", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age", "revision", b"revision", "written_off", b"written_off"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,6 +1064,99 @@ class Model(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class DrainEngineRequest(_message.Message):
+    """Asks to take an engine out of service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
+    engine_id: _builtins.str
+    """The engine."""
+    stop: _builtins.bool
+    """Whether the process ends when nothing runs any more."""
+    @_builtins.property
+    def grace(self) -> _duration_pb2.Duration:
+        """Time for what runs to finish; then it moves to another engine. Default: 30 s, at most 1 hour."""
+
+    def __init__(
+        self,
+        *,
+        engine_id: _builtins.str = ...,
+        grace: _duration_pb2.Duration | None = ...,
+        stop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id", "grace", b"grace", "stop", b"stop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainEngineRequest: _TypeAlias = DrainEngineRequest  # noqa: Y015
+
+@_typing.final
+class DrainEngineResponse(_message.Message):
+    """The engine is being drained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: _builtins.int
+    leases: _builtins.int
+    """Requests that hold a lease on it."""
+    def __init__(
+        self,
+        *,
+        leases: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainEngineResponse: _TypeAlias = DrainEngineResponse  # noqa: Y015
+
+@_typing.final
+class UndrainEngineRequest(_message.Message):
+    """Asks to put an engine back into service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_ID_FIELD_NUMBER: _builtins.int
+    engine_id: _builtins.str
+    """The engine."""
+    def __init__(
+        self,
+        *,
+        engine_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_id", b"engine_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndrainEngineRequest: _TypeAlias = UndrainEngineRequest  # noqa: Y015
+
+@_typing.final
+class UndrainEngineResponse(_message.Message):
+    """The engine is back in service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UndrainEngineResponse: _TypeAlias = UndrainEngineResponse  # noqa: Y015
 
 @_typing.final
 class DescribeQueueRequest(_message.Message):

@@ -80,6 +80,16 @@ class CoordinatorServiceStub:
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.DrainEngine = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/DrainEngine',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineResponse.FromString,
+                _registered_method=True)
+        self.UndrainEngine = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/UndrainEngine',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineResponse.FromString,
+                _registered_method=True)
         self.DescribeQueue = channel.unary_unary(
                 '/caravan.coordinator.v1.CoordinatorService/DescribeQueue',
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.SerializeToString,
@@ -157,6 +167,21 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainEngine(self, request, context):
+        """Takes an engine out of service: it gets no more leases, and what runs on it finishes or moves to another engine. An unknown
+        engine fails with ENGINE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndrainEngine(self, request, context):
+        """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DescribeQueue(self, request, context):
         """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND.
         """
@@ -211,6 +236,16 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.FromString,
                     response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'DrainEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainEngine,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineResponse.SerializeToString,
+            ),
+            'UndrainEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndrainEngine,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineResponse.SerializeToString,
             ),
             'DescribeQueue': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeQueue,
@@ -462,6 +497,60 @@ class CoordinatorService:
             '/caravan.coordinator.v1.CoordinatorService/ListModels',
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsRequest.SerializeToString,
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/DrainEngine',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DrainEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndrainEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/UndrainEngine',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.UndrainEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,12 @@ class CoordinatorServiceStub:
     """Lists the engines, by id."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListModelsRequest, _coordinator_service_pb2.ListModelsResponse]
     """Lists the models, by name."""
+    DrainEngine: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.DrainEngineRequest, _coordinator_service_pb2.DrainEngineResponse]
+    """Takes an engine out of service: it gets no more leases, and what runs on it finishes or moves to another engine. An unknown
+    engine fails with ENGINE_NOT_FOUND.
+    """
+    UndrainEngine: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.UndrainEngineRequest, _coordinator_service_pb2.UndrainEngineResponse]
+    """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND."""
     DescribeQueue: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]
     """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
 
@@ -87,6 +93,12 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """Lists the engines, by id."""
     ListModels: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.ListModelsRequest, _coordinator_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models, by name."""
+    DrainEngine: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.DrainEngineRequest, _coordinator_service_pb2.DrainEngineResponse]  # type: ignore[assignment]
+    """Takes an engine out of service: it gets no more leases, and what runs on it finishes or moves to another engine. An unknown
+    engine fails with ENGINE_NOT_FOUND.
+    """
+    UndrainEngine: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.UndrainEngineRequest, _coordinator_service_pb2.UndrainEngineResponse]  # type: ignore[assignment]
+    """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND."""
     DescribeQueue: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]  # type: ignore[assignment]
     """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
 
@@ -169,6 +181,24 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.ListModelsResponse, _abc.Awaitable[_coordinator_service_pb2.ListModelsResponse]]:
         """Lists the models, by name."""
+
+    @_abc_1.abstractmethod
+    def DrainEngine(
+        self,
+        request: _coordinator_service_pb2.DrainEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.DrainEngineResponse, _abc.Awaitable[_coordinator_service_pb2.DrainEngineResponse]]:
+        """Takes an engine out of service: it gets no more leases, and what runs on it finishes or moves to another engine. An unknown
+        engine fails with ENGINE_NOT_FOUND.
+        """
+
+    @_abc_1.abstractmethod
+    def UndrainEngine(
+        self,
+        request: _coordinator_service_pb2.UndrainEngineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.UndrainEngineResponse, _abc.Awaitable[_coordinator_service_pb2.UndrainEngineResponse]]:
+        """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def DescribeQueue(

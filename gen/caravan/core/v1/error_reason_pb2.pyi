@@ -145,6 +145,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
 
     Metadata: {"model": "demo", "queued": "17", "waited_s": "30.0"}.
     """
+    ERROR_REASON_ENGINE_NOT_FOUND: _ErrorReason.ValueType  # 25
+    """No engine of that id has joined.
+
+    Metadata: {"engine_id": "engine-3"}.
+    """
+    ERROR_REASON_DEPLOYMENT_NOT_FOUND: _ErrorReason.ValueType  # 26
+    """No deployment of that name is kept.
+
+    Metadata: {"name": "chat"}.
+    """
+    ERROR_REASON_ENGINE_STALLED: _ErrorReason.ValueType  # 27
+    """The engine that served the request gave no sign of life for too long. Carries a RetryInfo.
+
+    Metadata: {"engine_id": "engine-3"}.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a request failed. Carried by name in google.rpc.ErrorInfo.reason with the domain "caravan".
@@ -274,5 +289,20 @@ ERROR_REASON_QUEUE_TIMEOUT: ErrorReason.ValueType  # 24
 """The request waited for a free sequence as long as it may. Carries a RetryInfo.
 
 Metadata: {"model": "demo", "queued": "17", "waited_s": "30.0"}.
+"""
+ERROR_REASON_ENGINE_NOT_FOUND: ErrorReason.ValueType  # 25
+"""No engine of that id has joined.
+
+Metadata: {"engine_id": "engine-3"}.
+"""
+ERROR_REASON_DEPLOYMENT_NOT_FOUND: ErrorReason.ValueType  # 26
+"""No deployment of that name is kept.
+
+Metadata: {"name": "chat"}.
+"""
+ERROR_REASON_ENGINE_STALLED: ErrorReason.ValueType  # 27
+"""The engine that served the request gave no sign of life for too long. Carries a RetryInfo.
+
+Metadata: {"engine_id": "engine-3"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

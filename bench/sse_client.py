@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+from bench.recording import Recording, data_events, head_and_body
+
 READ_LIMIT = 1 << 20
 
 
@@ -17,17 +19,21 @@ class HttpError(RuntimeError):
     """The server answered with a status other than 200; the message holds the body."""
 
 
+def _request(port: int, path: str, body: Mapping[str, object], headers: str = "") -> bytes:
+    payload = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"{headers}Content-Length: {len(payload)}\r\n\r\n"
+    )
+    return head.encode() + payload
+
+
 class Exchange:
     """One POST on a connection of its own. Leaving it closes the connection, which is how a client disconnects."""
 
     def __init__(self, port: int, path: str, body: Mapping[str, object]) -> None:
         self._port = port
-        payload = json.dumps(body).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(payload)}\r\n\r\n"
-        )
-        self._request = head.encode() + payload
+        self._request = _request(port, path, body)
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
@@ -109,12 +115,21 @@ class Answer:
 
 
 async def stream(port: int, path: str, body: Mapping[str, object]) -> Answer:
-    """Sends a streaming request of the OpenAI API and reads it to its end. Raises HttpError, or RuntimeError on an error event."""
+    """Sends a streaming request of the OpenAI API and reads it to its end. Raises HttpError, EOFError, or RuntimeError on an error event."""
     answer = Answer(sent=time.perf_counter())
-    async with Exchange(port, path, body) as exchange:
-        async for event in exchange.events():
-            now = time.perf_counter()
-            read_event(answer, json.loads(event), now)
+    loop = asyncio.get_running_loop()
+    transport, recording = await loop.create_connection(Recording, "127.0.0.1", port)
+    try:
+        transport.write(_request(port, path, body, "Connection: close\r\n"))
+        await recording.ended
+    finally:
+        transport.abort()
+    head, parts = head_and_body(recording.parts)
+    status = int(head.split(" ", 2)[1])
+    if status != 200:
+        raise HttpError(f"{status}: {b''.join(part.data for part in parts)[:500]!r}")
+    for event in data_events(parts):
+        read_event(answer, json.loads(event.data), event.at)
     return answer
 
 

@@ -1,9 +1,12 @@
 """What one lookup in the cache service costs, with a million blocks known.
 
-`python -m bench.acquire [--rows 1000000]`. The service runs as a process of its own, and this process plays one engine over
-loopback gRPC. The blocks are chains of 128: a prompt of 32k tokens. Latency: one Acquire of a whole chain at a time, each
-released before the next. Rate: several Acquires in flight, with and without their Releases; service and client are pinned to a
-core each, so the figure is what one core serves. Memory: resident bytes before the first and after the last Acquire. Keys: the
+`python -m bench.acquire [--rows 1000000] [--shuffled]`. The service runs as a process of its own, and this process plays one engine over
+loopback gRPC. The blocks are chains of 128: a prompt of 32k tokens. The service
+learns of them in the order in which they are saved or, with `--shuffled`, in that of a folder's listing after a restart: then
+the rows of a chain lie apart in memory, and a lookup mostly waits for that. Latency: one Acquire of a whole chain at a time, each
+released before the next. Rate: several calls in flight; service and client are pinned to a core each, so the figure is what one
+core serves. Beside Acquires, with and without their Releases, stands the Release of a claim that is not held: next to nothing
+is done for it, so it shows what gRPC alone costs. Memory: resident bytes before the first and after the last Acquire. Keys: the
 time in which an engine computes the 128 keys of such a prompt.
 """
 
@@ -16,7 +19,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,35 +39,56 @@ SIZE = 3_000_000
 IN_FLIGHT = 8
 WARM_UP = 200
 P50_MS, RATE, RSS_GB, KEYS_MS = 2.0, 2_000.0, 1.0, 2.0
+NOTHING = "Release of nothing"
 ROOT_KEY = hashlib.sha256(b"the empty prompt").digest()
+
+
+def key_of(number: int, at: int) -> bytes:
+    """Key of a block of a chain; before the first comes the empty prompt."""
+    return hashlib.sha256(f"{number} {at}".encode()).digest() if at >= 0 else ROOT_KEY
 
 
 def chain_keys(number: int) -> list[bytes]:
     """Keys of one chain."""
-    return [hashlib.sha256(f"{number} {at}".encode()).digest() for at in range(CHAIN)]
+    return [key_of(number, at) for at in range(CHAIN)]
 
 
-def inventory(rows: int) -> Iterator[pb.JoinRequest]:
-    """What an engine tells of a root that holds so many blocks."""
-    part: list[pb.Block] = []
-    for number in range(rows // CHAIN):
-        parent = ROOT_KEY
-        for at, key in enumerate(chain_keys(number)):
-            block = pb.Block(
-                key=key,
-                parent_key=parent,
-                start=BLOCK_TOKENS * at,
-                end=BLOCK_TOKENS * (at + 1),
-                size_bytes=SIZE + number,
-                save_reason=pb.SAVE_REASON_COLD,
-            )
-            block.created.FromSeconds(1_790_000_000 + number)
-            part.append(block)
-            parent = key
-        if len(part) >= PART:
-            yield pb.JoinRequest(inventory=pb.Inventory(root_id="disk", blocks=part))
-            part = []
-    yield pb.JoinRequest(inventory=pb.Inventory(root_id="disk", blocks=part, complete=True))
+def block_of(number: int, at: int) -> pb.Block:
+    """A block of a chain."""
+    block = pb.Block(
+        key=key_of(number, at),
+        parent_key=key_of(number, at - 1),
+        start=BLOCK_TOKENS * at,
+        end=BLOCK_TOKENS * (at + 1),
+        size_bytes=SIZE + number,
+        save_reason=pb.SAVE_REASON_COLD,
+    )
+    block.created.FromSeconds(1_790_000_000 + number)
+    return block
+
+
+def inventory(rows: int, *, shuffled: bool) -> Iterator[pb.JoinRequest]:
+    """What an engine tells of a root that holds so many blocks, chain by chain or in no order."""
+    places: Sequence[int] = range(rows // CHAIN * CHAIN)
+    if shuffled:
+        places = random.Random(3).sample(places, len(places))
+    for first in range(0, len(places), PART):
+        blocks = [block_of(*divmod(place, CHAIN)) for place in places[first : first + PART]]
+        yield pb.JoinRequest(inventory=pb.Inventory(root_id="disk", blocks=blocks))
+    yield pb.JoinRequest(inventory=pb.Inventory(root_id="disk", complete=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Calls per second, and the share of a core that the service used."""
+
+    per_second: float
+    share: float
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of 1,000 calls."""
+        return 1000 * self.share / self.per_second
 
 
 @dataclass(slots=True)
@@ -75,8 +99,7 @@ class Found:
     loaded_rss: int = 0
     used_rss: int = 0
     latencies: list[float] = field(default_factory=list)
-    rates: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, Rate] = field(default_factory=dict)
     key_times: list[float] = field(default_factory=list)
 
 
@@ -97,7 +120,7 @@ def processor_seconds(pid: int) -> float:
 class Engine:
     """One engine of the service. Answers are not parsed, so that this side is not what limits the rate."""
 
-    def __init__(self, address: str, rows: int) -> None:
+    def __init__(self, address: str, rows: int, *, shuffled: bool) -> None:
         self._channel = open_channel(address)
         self._stub = pb_grpc.CacheServiceStub(self._channel)
         self._raw: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
@@ -105,6 +128,7 @@ class Engine:
         )
         self._join = self._stub.Join()
         self._rows = rows
+        self._shuffled = shuffled
         self.session_id = ""
 
     async def join(self) -> None:
@@ -118,7 +142,7 @@ class Engine:
         welcome = await self._join.read()
         assert isinstance(welcome, pb.JoinResponse)
         self.session_id = welcome.welcome.session_id
-        for part in inventory(self._rows):
+        for part in inventory(self._rows, shuffled=self._shuffled):
             await self._join.write(part)
         expected = self._rows // CHAIN * CHAIN
         while (await self._stub.GetStats(pb.GetStatsRequest())).rows < expected:  # noqa: ASYNC110
@@ -137,6 +161,10 @@ class Engine:
         assert len(found.blocks) == CHAIN
         await self.release(found.claim_id)
         return seconds
+
+    async def call_for_nothing(self, _: bytes) -> None:
+        """The Release of a claim that is not held."""
+        await self.release("claim-none")
 
     async def acquire_only(self, request: bytes) -> None:
         """One Acquire whose claim is kept."""
@@ -158,10 +186,8 @@ class Engine:
         await self._channel.close()
 
 
-async def rate(
-    call: Callable[[bytes], Awaitable[None]], requests: list[bytes], pid: int
-) -> tuple[float, float]:
-    """Calls per second with several in flight, and the share of a core that the service used."""
+async def rate(call: Callable[[bytes], Awaitable[None]], requests: list[bytes], pid: int) -> Rate:
+    """What is served with several in flight."""
     left = iter(requests)
 
     async def worker() -> None:
@@ -171,7 +197,7 @@ async def rate(
     began, used = time.perf_counter(), processor_seconds(pid)
     await asyncio.gather(*(worker() for _ in range(IN_FLIGHT)))
     seconds = time.perf_counter() - began
-    return len(requests) / seconds, (processor_seconds(pid) - used) / seconds
+    return Rate(len(requests) / seconds, (processor_seconds(pid) - used) / seconds)
 
 
 def measure_keys(found: Found, rounds: int = 50) -> None:
@@ -185,10 +211,10 @@ def measure_keys(found: Found, rounds: int = 50) -> None:
         found.key_times.append(time.perf_counter() - began)
 
 
-async def measure(address: str, pid: int, rows: int, calls: int) -> Found:
+async def measure(address: str, pid: int, rows: int, calls: int, *, shuffled: bool) -> Found:
     """Plays the engine."""
     found = Found(empty_rss=resident(pid))
-    engine = Engine(address, rows)
+    engine = Engine(address, rows, shuffled=shuffled)
     progress(f"telling of {rows} blocks")
     await engine.join()
     found.loaded_rss = resident(pid)
@@ -199,12 +225,13 @@ async def measure(address: str, pid: int, rows: int, calls: int) -> Found:
         if number >= WARM_UP:
             found.latencies.append(seconds)
     for name, call in (
+        (NOTHING, engine.call_for_nothing),
         ("Acquire", engine.acquire_only),
         ("Acquire and Release", engine.acquire_and_release),
     ):
         progress(f"rate, {name}")
         requests = [engine.request(rng).SerializeToString() for _ in range(2 * calls)]
-        found.rates[name], found.shares[name] = await rate(call, requests, pid)
+        found.rates[name] = await rate(call, requests, pid)
     progress("every block once")
     for number in range(rows // CHAIN):
         keys = b"".join(chain_keys(number))
@@ -234,12 +261,11 @@ def report(found: Found, rows: int) -> Report:
         )
     )
     rates = tuple(
-        (name, f"{value:.0f}", f"{100 * found.shares[name]:.0f}")
-        for name, value in found.rates.items()
+        (name, f"{one.per_second:.0f}", f"{100 * one.share:.0f}", f"{one.cpu_s:.3f}")
+        for name, one in found.rates.items()
     )
-    result.tables.append(
-        Table(f"{IN_FLIGHT} in flight", ("calls", "per second", "% of a core"), rates)
-    )
+    heads = ("calls", "per second", "% of a core", "CPU s of 1,000")
+    result.tables.append(Table(f"{IN_FLIGHT} in flight", heads, rates))
     memory = tuple(
         (name, f"{value / 1e6:.0f}", f"{(value - found.empty_rss) / rows:.0f}")
         for name, value in (
@@ -251,7 +277,9 @@ def report(found: Found, rows: int) -> Report:
     result.tables.append(Table("resident memory", ("", "MB", "bytes per block"), memory))
     result.claims += [
         ceiling("Acquire of 32k tokens, p50", percentile(milliseconds, 0.5), P50_MS, "ms"),
-        floor("Acquires per second on one core", found.rates["Acquire"], RATE, "calls/s"),
+        floor(
+            "Acquires per second on one core", found.rates["Acquire"].per_second, RATE, "calls/s"
+        ),
         ceiling("memory with all blocks", found.used_rss / 1e9, RSS_GB, "GB"),
         ceiling("keys of 32k tokens", 1000 * median(found.key_times), KEYS_MS, "ms"),
     ]
@@ -262,6 +290,7 @@ def main() -> int:
     """Parses the command line, runs, prints."""
     parser = arguments("acquire", __doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--shuffled", action="store_true", help="tell of the blocks in no order")
     parser.add_argument("--calls", type=int, default=2_000)
     args = parser.parse_args()
     port, metrics_port = children.free_port(), children.free_port()
@@ -277,9 +306,15 @@ def main() -> int:
         os.sched_setaffinity(process.pid, {cores[0]})
         os.sched_setaffinity(0, set(cores[1:]) or {cores[0]})
         children.wait_until_answers("cache", process, f"http://127.0.0.1:{metrics_port}/metrics")
-        found = asyncio.run(measure(f"127.0.0.1:{port}", process.pid, args.rows, args.calls))
+        address = f"127.0.0.1:{port}"
+        found = asyncio.run(
+            measure(address, process.pid, args.rows, args.calls, shuffled=args.shuffled)
+        )
     measure_keys(found)
-    return finish(report(found, args.rows // CHAIN * CHAIN), args.json)
+    result = report(found, args.rows // CHAIN * CHAIN)
+    if args.shuffled:
+        result.notes.append("told in no order, as after a restart")
+    return finish(result, args.json)
 
 
 if __name__ == "__main__":

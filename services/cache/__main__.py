@@ -9,14 +9,12 @@ import os
 import sys
 from typing import Final
 
-from caravan.cache.v1 import cache_service_pb2 as pb
-from caravan.cache.v1 import cache_service_pb2_grpc as pb_grpc
 from prometheus_client import CollectorRegistry
 
 from services.cache.core import Limits
 from services.cache.edge import Edge
 from services.cache.metrics import CacheMetrics
-from services.cache.servicer import CacheServicer
+from services.cache.servicer import NAME, CacheServicer, register
 from services.cache.settings import CacheSettings
 from services.cache.state import CacheState
 from services.runtime.clock import Clock, IdSource, SystemClock, random_id
@@ -26,7 +24,6 @@ from services.runtime.server import ServiceServer, cancel_all, start_metrics, wa
 _FREEZE_GROWTH: Final = 1.25
 _FREEZE_ROWS: Final = 10_000
 _LOG = logging.getLogger(__name__)
-_SERVICE = pb.DESCRIPTOR.services_by_name["CacheService"].full_name
 
 
 def compose(
@@ -62,8 +59,8 @@ async def serve(settings: CacheSettings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code. Raises PortTakenError."""
     registry = CollectorRegistry()
     servicer = compose(settings, registry, SystemClock(), random_id)
-    server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
-    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.services)
+    server = ServiceServer(settings.address, [NAME], settings.drain_grace_s)
+    register(servicer, server.services)
     stopping = asyncio.Event()
     sweeper = asyncio.create_task(sweep(servicer, min(1.0, settings.heartbeat_s / 2)))
     # It never ends by itself; if a defect ends it, the process must not go on without it.

@@ -110,16 +110,18 @@ def touch(copies: Iterable[Copy], now: float) -> None:
     """Counts one use of each copy. On the path of every Acquire, so it calls nothing and leaves the heap alone."""
     place = None
     clock = 0.0
+    used_at, decay = now, 1.0
     for copy in copies:
         row = copy.row
         row.uses += 1
         if copy.place is not place:  # Rarely: the blocks of a chain mostly lie together.
             place = copy.place
             clock = place.order.clock
-        frequency = copy.frequency
-        idle_s = now - copy.last_used
-        if idle_s > _IDLE_S:
-            frequency *= 0.5 ** (idle_s / HALF_LIFE_S)
+        if copy.last_used != used_at:  # Rarely: they were mostly used together before.
+            used_at = copy.last_used
+            idle_s = now - used_at
+            decay = 0.5 ** (idle_s / HALF_LIFE_S) if idle_s > _IDLE_S else 1.0
+        frequency = copy.frequency * decay
         if frequency < FREQUENCY_MAX:
             frequency += 1.0
         copy.frequency = frequency

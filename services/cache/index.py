@@ -31,6 +31,25 @@ class Index:
                     return copy
         return None
 
+    def chain(self, keys: Iterable[bytes]) -> Iterator[Row]:
+        """The rows of keys that follow each other, up to the first that is not known.
+
+        Asking the table for each key would cost a cache miss each, which with a million rows is most of a lookup. So a row
+        remembers one that follows it, the last that was asked for; most have only one.
+        """
+        find = self.rows.get
+        before: Row | None = None
+        row: Row | None = None
+        for key in keys:
+            if row is None or row.key != key:
+                row = find(key)
+                if row is None:
+                    return
+                if before is not None and row.parent == before.key:
+                    before.follower = row
+            yield row
+            before, row = row, row.follower
+
     def add(
         self, facts: Facts, place: Place, state: CopyState, *, seen: int, size: int, now: float
     ) -> Copy:
@@ -40,6 +59,8 @@ class Index:
             parent = self.rows.get(facts.parent)
             row = Row(facts, facts.parent if parent is None else parent.key)
             self.rows[row.key] = row
+            if parent is not None and parent.follower is None:
+                parent.follower = row
             if row.tokens:
                 self.siblings.add(row)
         elif facts.tokens:
@@ -108,27 +129,37 @@ class Index:
             place.note_gone(row.key)
         row.copies = tuple(other for other in row.copies if other is not copy)
         if not row.copies:
-            del self.rows[row.key]
-            if row.tokens:
-                self.siblings.remove(row)
+            self._forget(row)
+
+    def _forget(self, row: Row) -> None:
+        del self.rows[row.key]
+        if row.tokens:
+            self.siblings.remove(row)
+        parent = self.rows.get(row.parent)
+        if parent is not None and parent.follower is row:
+            parent.follower = None
 
     def pin(self, copies: Iterable[Copy]) -> None:
         """One more claim on each."""
         for copy in copies:
-            copy.claims += 1
-            if copy.claims == 1:
+            if not copy.claims:
                 copy.place.ledger.pinned += copy.size
+            copy.claims += 1
 
     def unpin(self, copies: Iterable[Copy]) -> list[Copy]:
         """One claim less on each; returns those that should go now that nobody uses them."""
         superseded = []
+        gone = CopyState.GONE
         for copy in copies:
             copy.claims -= 1
-            if not copy.claims and copy.state is not CopyState.GONE:
-                copy.place.ledger.pinned -= copy.size
-                copy.place.order.offer(copy)
-                if copy.superseded and copy.may_go:
-                    superseded.append(copy)
+            if copy.claims or copy.state is gone:
+                continue
+            copy.place.ledger.pinned -= copy.size
+            if copy.children:
+                continue  # Most of a chain: it may not go anyway, and a call for each would be most of the time.
+            copy.place.order.offer(copy)
+            if copy.superseded and copy.may_go:
+                superseded.append(copy)
         return superseded
 
     def superseded_by(self, copy: Copy) -> Iterator[Copy]:

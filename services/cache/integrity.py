@@ -49,6 +49,10 @@ def _check_rows(core: Core) -> None:
     with_tokens = sum(bool(row.tokens) for row in core.index.rows.values())
     assert len(core.index.siblings) == with_tokens
     assert all(row.copies for row in core.index.rows.values())
+    for row in core.index.rows.values():
+        if row.follower is not None:
+            assert core.index.rows[row.follower.key] is row.follower
+            assert row.follower.parent == row.key
     claims: Counter[object] = Counter()
     for session in core.sessions:
         for claim in session.claims:

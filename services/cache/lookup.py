@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 from services.cache.claims import Claim
@@ -20,6 +23,7 @@ from services.cache.waiters import Waiter
 from services.runtime.errors import CaravanError
 
 RETRY_S: Final = 0.1
+_KEY: Final = struct.Struct(f"{KEY_BYTES}s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +129,13 @@ class Lookup:
         self, session: Session, keys: bytes, skip: int
     ) -> tuple[list[Copy], list[Reach], bytes]:
         """The chain, and the first key that is missing (empty if none is)."""
-        find = self._core.index.rows.get
         own = session.own.get
         available = CopyState.AVAILABLE
         copies: list[Copy] = []
         reaches: list[Reach] = []
         place: Place | None = None
         reach: Reach | None = None
-        for at in range(skip * KEY_BYTES, len(keys), KEY_BYTES):
-            key = keys[at : at + KEY_BYTES]
-            row = find(key)
-            if row is None:
-                return copies, reaches, key
+        for row in self._core.index.chain(_split(keys, skip)):
             # As `_best`, written out: this is most of the time of a call.
             best: Reach | None = None
             for copy in row.copies:
@@ -149,10 +148,11 @@ class Lookup:
                     if reach is not None and (best is None or reach.rank < best.rank):
                         best, best_copy = reach, copy
             if best is None:
-                return copies, reaches, key
+                break
             copies.append(best_copy)
             reaches.append(best)
-        return copies, reaches, b""
+        at = KEY_BYTES * (skip + len(copies))
+        return copies, reaches, keys[at : at + KEY_BYTES]
 
     def _best(self, session: Session, row: Row) -> tuple[Copy, Reach] | None:
         """The copy of a block that a session gets at best."""
@@ -177,6 +177,11 @@ class Lookup:
 
     def _unpin(self, claim: Claim, effects: Effects) -> None:
         self._dropping.drop_all(self._core.index.unpin(claim.copies), effects)
+
+
+def _split(keys: bytes, skip: int) -> Iterator[bytes]:
+    """The keys from block `skip` on."""
+    return chain.from_iterable(_KEY.iter_unpack(memoryview(keys)[KEY_BYTES * skip :]))
 
 
 def _full(what: str, limit: int) -> CaravanError:

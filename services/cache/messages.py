@@ -34,25 +34,24 @@ _LENGTHS: Final = tuple(_BLOCKS_TAG + _varint(number) for number in range(_LENGT
 """What stands before a block of so many bytes. Ids and addresses are bounded, so no block is longer."""
 
 
-def to_acquire_response(found: Found) -> pb.AcquireResponse:
-    """A chain. Its blocks and places are kept as they are sent, because building 128 messages would take most of the call.
+def to_acquire_response(found: Found) -> bytes:
+    """A chain, as a serialized AcquireResponse: building 128 messages to serialize them would take most of the call.
 
-    Serialized messages of one type can be joined: the block of one and the place of the other make one Copy.
+    Its blocks and places are kept as they are sent. Serialized messages of one type can be joined: the block of one and the
+    place of the other make one Copy, and what is not a block stands before the blocks.
     """
-    parts: list[bytes] = []
-    for copy, reach in zip(found.copies, found.reaches, strict=True):
-        block, place = copy.row.wire, reach.wire
-        parts += (_LENGTHS[len(block) + len(place)], block, place)
-    response = pb.AcquireResponse.FromString(b"".join(parts))
-    response.claim_id = found.claim_id
-    response.pending_key = found.pending
+    response = pb.AcquireResponse(claim_id=found.claim_id, pending_key=found.pending)
     if found.partial is not None:
         row = found.partial.copy.row
         response.partial.MergeFromString(row.wire + found.partial.reach.wire)
         tokens = struct.unpack(f">{len(row.tokens) // TOKEN_BYTES}I", row.tokens)
         response.partial.block.tokens.extend(tokens)
         response.partial_tokens = found.partial.matched
-    return response
+    parts = [response.SerializeToString()]
+    for copy, reach in zip(found.copies, found.reaches, strict=True):
+        block, place = copy.row.wire, reach.wire
+        parts += (_LENGTHS[len(block) + len(place)], block, place)
+    return b"".join(parts)
 
 
 def to_duration(seconds: float) -> Duration:
@@ -89,7 +88,10 @@ def to_change(change: Change) -> pb.WatchResponse:
         end=copy.row.end,
         tier=place.tier.value,
         root_id=place.root_id,
-        engine_ids=[session.engine_id for session in place.readers],
+        # The session of an engine that went has left its RAM already when the change is told.
+        engine_ids=[place.engine_id]
+        if place.engine_id
+        else [session.engine_id for session in place.readers],
     )
     if change.published:
         return pb.WatchResponse(published=message)

@@ -56,9 +56,12 @@ class Facts:
 
 
 class Row:
-    """A block. It lives as long as it has copies. `uses` are those since the service started."""
+    """A block. It lives as long as it has copies. `uses` are those since the service started.
 
-    __slots__ = ("copies", "end", "key", "parent", "tokens", "uses", "wire")
+    `follower` is one of the rows whose parent this is, of those that are known, or None: see Index.chain.
+    """
+
+    __slots__ = ("copies", "end", "follower", "key", "parent", "tokens", "uses", "wire")
 
     def __init__(self, facts: Facts, parent: bytes) -> None:
         self.key = facts.key
@@ -67,6 +70,7 @@ class Row:
         self.tokens = facts.tokens
         self.wire = facts.wire
         self.uses = 0
+        self.follower: Row | None = None
         self.copies: tuple[Copy, ...] = ()
 
 

@@ -26,6 +26,7 @@ from services.runtime.clock import Clock, IdSource
 from services.runtime.errors import CaravanError
 from services.runtime.server import cancel_all
 
+NAME: Final = pb.DESCRIPTOR.services_by_name["CacheService"].full_name
 _LOG = logging.getLogger(__name__)
 _ALL_BYTES: Final = 2**63
 _ALL_TIERS: Final[frozenset[Tier]] = frozenset()
@@ -129,7 +130,9 @@ class CacheServicer(pb_grpc.CacheServiceServicer):
 
     # --- lookups -------------------------------------------------------------------------------------------------
 
-    async def Acquire(self, request: pb.AcquireRequest, context: _Context) -> pb.AcquireResponse:
+    async def Acquire(  # type: ignore[override]  # See `register`.
+        self, request: pb.AcquireRequest, context: _Context
+    ) -> bytes:
         began = self._clock.monotonic()
         keys, root_key, tail = checks.checked_chain(request, self.state.limits.keys_max)
         found = self.state.acquire(
@@ -320,6 +323,18 @@ class CacheServicer(pb_grpc.CacheServiceServicer):
 
     async def GetStats(self, request: pb.GetStatsRequest, context: _Context) -> pb.GetStatsResponse:
         return messages.to_stats(self.state.core)
+
+
+def register(servicer: CacheServicer, server: grpc.aio.Server) -> None:
+    """Adds the service to a server. Acquire answers with bytes of an AcquireResponse, which are sent as they are."""
+    acquire: grpc.RpcMethodHandler[pb.AcquireRequest, bytes] = grpc.unary_unary_rpc_method_handler(
+        servicer.Acquire, request_deserializer=pb.AcquireRequest.FromString
+    )
+    # What is added first is asked first, so that the handler of the generated code is not reached.
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(NAME, {"Acquire": acquire})]
+    )
+    pb_grpc.add_CacheServiceServicer_to_server(servicer, server)
 
 
 async def _within(

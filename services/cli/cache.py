@@ -16,8 +16,9 @@ import grpc
 from caravan.cache.v1 import cache_service_pb2 as pb
 from caravan.cache.v1 import cache_service_pb2_grpc as pb_grpc
 
-from services.cli.cache_tables import row_object, rows_text, size, stats_text
+from services.cli.cache_tables import row_object, rows_text, stats_text
 from services.cli.state_dir import StateDirError, address_of
+from services.cli.tables import size
 from services.runtime.channel import open_channel
 
 OK: Final = 0

@@ -2,54 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from caravan.cache.v1 import cache_service_pb2 as pb
 
+from services.cli.tables import age, aligned, enum_word, share, size
+
 KEY_DIGITS: Final = 12
 """Digits of a key in a table: enough to tell a few million blocks apart."""
-
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-def size(count: int) -> str:
-    """Bytes for people, such as `12.5 MiB`."""
-    value, unit = float(count), 0
-    while value >= 1024 and unit < len(_UNITS) - 1:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} B"
-
-
-def age(seconds: float) -> str:
-    """A span of time for people, such as `3 min`."""
-    for length, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= length:
-            return f"{int(seconds // length)} {unit}"
-    return f"{max(0, int(seconds))} s"
-
-
-def share(part: int, whole: int) -> str:
-    """A percentage; a dash where there is nothing to divide by."""
-    return f"{part / whole:.0%}" if whole else "-"
 
 
 def tier_name(tier: pb.Tier.ValueType) -> str:
     """`ram`, `ram_file` or `disk`; a number for a tier that a newer service knows."""
-    return _word(pb.Tier, "TIER_", tier)
-
-
-def _word(enum: Any, prefix: str, value: int) -> str:
-    try:
-        return str(enum.Name(value)).removeprefix(prefix).lower()
-    except ValueError:
-        return str(value)
+    return enum_word(pb.Tier, "TIER_", tier)
 
 
 def stats_text(stats: pb.GetStatsResponse) -> str:
     """Where blocks lie, and how often they were of use."""
     head = ("TIER", "PLACE", "COPIES", "BYTES", "QUOTA", "USED", "ENGINES")
-    places = "\n".join(_aligned([head, *map(_place, stats.places)]))
+    places = "\n".join(aligned([head, *map(_place, stats.places)]))
     found = share(stats.blocks_found, stats.blocks_wanted)
     return f"""\
 {places}
@@ -86,12 +58,12 @@ def rows_text(rows: Iterable[pb.DumpResponse], now_s: float) -> Iterator[str]:
                 ",".join(_where(copy) for copy in sorted(row.copies, key=_speed)),
                 size(block.size_bytes),
                 str(block.hits),
-                _word(pb.SaveReason, "SAVE_REASON_", block.save_reason),
+                enum_word(pb.SaveReason, "SAVE_REASON_", block.save_reason),
                 age(now_s - block.created.ToNanoseconds() / 1e9),
                 f"{age(now_s - used)} ago" if used else "-",
             )
         )
-    return _aligned(table)
+    return aligned(table)
 
 
 def _speed(copy: pb.CopyInfo) -> tuple[int, str, str]:
@@ -100,7 +72,7 @@ def _speed(copy: pb.CopyInfo) -> tuple[int, str, str]:
 
 def _where(copy: pb.CopyInfo) -> str:
     name = tier_name(copy.tier)
-    state = _word(pb.CopyState, "COPY_STATE_", copy.state)
+    state = enum_word(pb.CopyState, "COPY_STATE_", copy.state)
     pinned = "*" if copy.claims else ""
     return name + pinned if copy.state == pb.COPY_STATE_AVAILABLE else f"{name}({state})"
 
@@ -114,7 +86,7 @@ def row_object(row: pb.DumpResponse) -> dict[str, Any]:
         "start": block.start,
         "end": block.end,
         "size_bytes": block.size_bytes,
-        "save_reason": _word(pb.SaveReason, "SAVE_REASON_", block.save_reason),
+        "save_reason": enum_word(pb.SaveReason, "SAVE_REASON_", block.save_reason),
         "hits": block.hits,
         "created": block.created.ToNanoseconds() / 1e9,
         "copies": [
@@ -122,17 +94,10 @@ def row_object(row: pb.DumpResponse) -> dict[str, Any]:
                 "tier": tier_name(copy.tier),
                 "root_id": copy.root_id,
                 "engine_id": copy.engine_id,
-                "state": _word(pb.CopyState, "COPY_STATE_", copy.state),
+                "state": enum_word(pb.CopyState, "COPY_STATE_", copy.state),
                 "claims": copy.claims,
                 "last_used": copy.last_used.ToNanoseconds() / 1e9,
             }
             for copy in row.copies
         ],
     }
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        yield "  ".join(cells).rstrip()

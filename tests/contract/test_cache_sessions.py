@@ -143,7 +143,7 @@ async def test_the_smallest_quota_counts_and_is_enforced() -> None:
 
 async def test_memory_pressure_drops_from_memory_only() -> None:
     """A host above the high mark gets RAM and tmpfs copies dropped, down to the low mark; disk stays (S2.43)."""
-    async with running_cache() as cache:
+    async with running_cache(pressure_high=0.85, pressure_low=0.75) as cache:
         engine = await cache.engine(roots=[TMPFS, root()])
         await engine.save(block("a", size=MIB))
         await engine.save(block("t", size=MIB), root_id="tmpfs")

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from services.cache.__main__ import compose, sweep
 from services.cache.integrity import check_integrity
 from services.cache.rows import CopyState
-from services.cache.servicer import CacheServicer
+from services.cache.servicer import CacheServicer, register
 from services.cache.settings import CacheSettings
 from services.cache.state import CacheState
 from services.runtime.channel import open_channel
@@ -27,6 +27,7 @@ from services.runtime.server import ServiceServer, cancel_all
 
 CALL_TIMEOUT_S = 10.0
 MIB = 1024 * 1024
+UNPRESSED = {"pressure_high": 1.0, "pressure_low": 0.99}
 
 
 async def until(condition: Callable[[], bool], deadline_s: float = 10.0) -> None:
@@ -294,14 +295,14 @@ async def running_cache(clock: Clock | None = None, **settings: Any) -> AsyncIte
     """A cache service in this process, with fields of CacheSettings.
 
     By default on the clock of the machine, and it expires by itself. With a ManualClock nothing expires until the test
-    calls `servicer.expire()`. At the end nothing may be left that belonged to a session.
+    calls `servicer.expire()`. A machine that is short of memory drops nothing, unless a test wants it. At the end nothing may be left that belonged to a session.
     """
-    chosen = CacheSettings(**settings)
+    chosen = CacheSettings(**{**UNPRESSED, **settings})
     registry = CollectorRegistry()
     time = clock or SystemClock()
     servicer = compose(chosen, registry, time, CountingIds())
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
-    pb_grpc.add_CacheServiceServicer_to_server(servicer, server.services)
+    register(servicer, server.services)
     port = await server.start()
     sweeper = None
     if clock is None:

@@ -15,7 +15,7 @@ from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
 
 from services.engine.kv.block_file import LoadedBlock
 from services.engine.kv.config import MIB, KvConfig, RootConfig
-from services.engine.kv.keys import Namespace, block_keys
+from services.engine.kv.keys import BLOCK_TOKENS, Namespace, block_keys
 from services.engine.kv.kvc import Expected
 from services.engine.kv.opening import KvCache, open_store
 from services.engine.kv.root import Root
@@ -25,6 +25,8 @@ from services.runtime.clock import SystemClock, random_id
 from services.runtime.server import ServiceServer
 from tests.support.cache import until
 from tests.support.kv import NAMESPACE
+
+PATIENCE_S = 10.0
 
 
 class _Servicer(pb_grpc.EngineServiceServicer):
@@ -59,7 +61,9 @@ class KvEngine:
     ) -> list[FoundBlock]:
         """Looks for the blocks of a prompt."""
         keys = block_keys(namespace, prompt)
-        return await self.store.find(prompt, keys, have, namespace=namespace, parent_key=parent_key)
+        return await self.store.find(
+            prompt, keys, have * BLOCK_TOKENS, namespace=namespace, parent_key=parent_key
+        )
 
     async def joined(self) -> None:
         """Waits for the session with the cache service."""
@@ -92,7 +96,7 @@ class HangingRoot(Root):
 @contextmanager
 def hanging_disk(engine: KvEngine, key: bytes) -> Iterator[None]:
     """The first root of the engine hangs whenever it reads the block of `key`."""
-    holdings = engine.store._holdings
+    holdings = engine.store._withdrawals._holdings
     before = dict(holdings.roots)
     (root_id, mounted), *_ = before.items()
     hanging = HangingRoot(mounted.root, key)
@@ -116,18 +120,25 @@ async def running_engine(
     engine_id: str = "engine-0",
     namespace: Namespace = NAMESPACE,
     joins: bool = True,
+    whole_states: bool = False,
     **config: Any,
 ) -> AsyncIterator[KvEngine]:
-    """A store with these roots; further fields of KvConfig as keywords."""
+    """A store with these roots; further fields of KvConfig as keywords.
+
+    Lookups are patient unless a test says otherwise: with the default of 0.25 s, a busy machine makes them find nothing.
+    """
     servicer = _Servicer()  # type: ignore[abstract]  # Nothing else is called.
     server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
     pb_grpc.add_EngineServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     address = f"127.0.0.1:{port}"
+    config = {"acquire_seconds": PATIENCE_S, **config}
     chosen = KvConfig(engine_id, address, cache_address, tuple(roots), **config)
     async with AsyncExitStack() as opened:
         opened.push_async_callback(server.drain_and_stop)
-        cache = await open_store(chosen, namespace, SystemClock(), random_id, lambda: 0.0)
+        cache = await open_store(
+            chosen, namespace, SystemClock(), random_id, lambda: 0.0, whole_states=whole_states
+        )
         opened.push_async_callback(cache.close, 10.0)
         servicer.store = cache.store
         engine = KvEngine(cache, cache.store, servicer.fetched)

@@ -12,7 +12,7 @@ from caravan.cache.v1 import cache_service_pb2_grpc as pb_grpc
 from prometheus_client import CollectorRegistry
 
 from services.cache.__main__ import compose, sweep
-from services.cache.servicer import CacheServicer
+from services.cache.servicer import CacheServicer, register
 from services.cache.settings import CacheSettings
 from services.cache.state import CacheState
 from services.runtime.clock import SystemClock, random_id
@@ -45,7 +45,7 @@ class MortalCache:
         """Starts with nothing in memory."""
         self._servicer = compose(self._settings, CollectorRegistry(), SystemClock(), random_id)
         self._server = ServiceServer(self.address, [], drain_grace_s=0)
-        pb_grpc.add_CacheServiceServicer_to_server(self._servicer, self._server.services)
+        register(self._servicer, self._server.services)
         await self._server.start()
         self._sweeper = asyncio.create_task(sweep(self._servicer, self._settings.heartbeat_s / 2))
 

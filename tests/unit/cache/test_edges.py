@@ -72,7 +72,8 @@ def test_acquire_sends_what_the_block_and_the_place_are() -> None:
         place = Place(Tier.DISK, 1, root_id=root_id)
         copy = Copy(row, place, 1, CopyState.AVAILABLE, seen=1, now=0)
         reaches = [root_reach(Tier.DISK, root_id), address_reach(Tier.RAM, address)]
-        response = messages.to_acquire_response(Found("c", [copy, copy], reaches, None, b""))
+        sent = messages.to_acquire_response(Found("c", [copy, copy], reaches, None, b""))
+        response = pb.AcquireResponse.FromString(sent)
         assert response == pb.AcquireResponse(
             claim_id="c",
             blocks=[

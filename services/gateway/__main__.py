@@ -19,15 +19,25 @@ from services.gateway.background import Background
 from services.gateway.conversations import Conversations
 from services.gateway.coordinator import CoordinatorClient
 from services.gateway.engines import EnginePool
+from services.gateway.held import HeldLeases
 from services.gateway.inference_servicer import InferenceServicer
+from services.gateway.leases import Leases
 from services.gateway.membership import Membership
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai_servicer import OpenAIServicer
 from services.gateway.session import SessionParts
 from services.gateway.sessions import Sessions
 from services.gateway.settings import GatewaySettings
+from services.gateway.stalls import StallWatch
 from services.runtime.channel import open_channel
-from services.runtime.clock import Clock, IdSource, SystemClock, random_id
+from services.runtime.clock import (
+    Clock,
+    IdSource,
+    SystemClock,
+    random_fraction,
+    random_id,
+    random_seed,
+)
 from services.runtime.process import run_process
 from services.runtime.server import ServiceServer, cancel_all, start_metrics, wait_for_stop
 from services.runtime.telemetry import Tracing, open_tracing
@@ -55,17 +65,43 @@ class Gateway:
         stub = coordinator_grpc.CoordinatorServiceStub(self._channel)
         self.sessions = Sessions(settings.max_requests, tracing)
         self._metrics = GatewayMetrics(registry, lambda: len(self.sessions))
+        held = HeldLeases()
         self._membership = Membership(
-            stub, clock, ids, settings.coordinator_timeout_s, self._on_membership
+            stub,
+            clock,
+            ids,
+            held,
+            timeout_s=settings.coordinator_timeout_s,
+            on_change=self._on_membership,
         )
-        coordinator = CoordinatorClient(stub, self._membership, settings.coordinator_timeout_s)
+        coordinator = CoordinatorClient(stub, settings.coordinator_timeout_s)
         self.engines = EnginePool(
             open_channel, clock, settings.max_engine_channels, settings.engine_idle_s
         )
         conversations = Conversations(coordinator, self.engines)
         self.background = Background()
+        self._leases = Leases(
+            coordinator,
+            self._membership,
+            held,
+            self.background,
+            clock=clock,
+            metrics=self._metrics,
+            patience_s=settings.coordinator_patience_s,
+        )
+        self._stalls = StallWatch(settings.stall_s)
         self.sessions.equip(
-            SessionParts(coordinator, self.engines, self._metrics, clock, self.background)
+            SessionParts(
+                leases=self._leases,
+                engines=self.engines,
+                stalls=self._stalls,
+                metrics=self._metrics,
+                clock=clock,
+                background=self.background,
+                new_seed=random_seed,
+                fraction=random_fraction,
+                moves_max=settings.migrations_max,
+            )
         )
         self.server = ServiceServer(settings.address, _SERVICES, settings.drain_grace_s)
         openai_grpc.add_OpenAIServiceServicer_to_server(
@@ -77,12 +113,15 @@ class Gateway:
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._draining = False
+        self._leaving: asyncio.Task[None] | None = None
 
     async def start(self, stopping: asyncio.Event | None = None) -> int:
         """Listens and joins the coordinator; returns the port. Sets `stopping` if a defect ends one of its tasks."""
         port = await self.server.start()
         self._tasks = [
             asyncio.create_task(self._membership.run()),
+            asyncio.create_task(self._leases.run()),
+            asyncio.create_task(self._stalls.run()),
             asyncio.create_task(self._close_idle_engines()),
         ]
         for task in self._tasks:
@@ -96,13 +135,27 @@ class Gateway:
         await self.sessions.finish()
         await self.background.finish(self._settings.coordinator_timeout_s)
         await cancel_all(self._tasks)
+        if self._leaving is not None:
+            await cancel_all([self._leaving])
         await self.engines.close()
         await self._channel.close()
 
     async def _on_membership(self, joined: bool) -> None:
         self._metrics.set_joined(joined)
-        if not self._draining:
-            await self.server.set_serving(joined)
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+        if self._draining:
+            return
+        if joined:
+            await self.server.set_serving(True)
+        else:
+            self._leaving = asyncio.create_task(self._leave_service())
+
+    async def _leave_service(self) -> None:
+        """For as long as new requests wait for the coordinator, they must not be sent elsewhere, where they would fail."""
+        await asyncio.sleep(self._settings.coordinator_patience_s)
+        await self.server.set_serving(False)
 
     async def _close_idle_engines(self) -> None:
         while True:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import asyncio
 from typing import Final
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
-from caravan.core.v1.scheduling_pb2 import Scheduling
+from grpc_status import rpc_status
 
-from services.gateway.membership import Membership, coordinator_down
+from services.gateway.membership import Session, coordinator_down
 from services.gateway.metrics import Outcome
+from services.gateway.routes import Lease, Wanted
 from services.runtime.errors import CaravanError, from_rpc_error
 
 Headers = tuple[tuple[str, str], ...]
@@ -25,29 +26,6 @@ _OUTCOMES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to run one request on one engine; `address` is host:port."""
-
-    lease_id: str
-    engine_id: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a lease is wanted for. `session_id` names a conversation, whose requests go to one engine; empty: none.
-
-    `affinity` are hashes of the prompt at its boundaries, the longest prefix last; requests go to where a prefix was computed.
-    """
-
-    request_id: str
-    model: str
-    session_id: str = ""
-    affinity: tuple[bytes, ...] = ()
-    scheduling: Scheduling = field(default_factory=Scheduling)
-
-
 def model_not_found(name: str) -> CaravanError:
     """No engine has registered such a model."""
     shown = name[:100]
@@ -59,58 +37,39 @@ def model_not_found(name: str) -> CaravanError:
 class CoordinatorClient:
     """The coordinator, with errors of the table. `timeout_s` is for one call, but routes wait as long as they are queued."""
 
-    def __init__(
-        self,
-        stub: pb_grpc.CoordinatorServiceAsyncStub,
-        membership: Membership,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, stub: pb_grpc.CoordinatorServiceAsyncStub, timeout_s: float) -> None:
         self._stub = stub
-        self._membership = membership
         self.timeout_s = timeout_s
 
-    @property
-    def is_joined(self) -> bool:
-        """Whether the coordinator was heard lately."""
-        return self._membership.is_joined
-
-    async def route(self, wanted: Wanted, headers: Headers) -> Lease:
-        """A lease, when it is the turn of the request. Joins again where the coordinator has forgotten this gateway, once."""
-        gateway_id = await self._membership.gateway_id()
+    async def route(self, wanted: Wanted, session: Session, headers: Headers) -> Lease:
+        """A lease, when it is the turn of the request. Raises SERVICE_UNAVAILABLE where the session ends before."""
+        call = self._stub.Route(wanted.request(session.gateway_id), metadata=headers)
         try:
-            return await self._route(wanted, gateway_id, headers)
-        except CaravanError as error:
-            if error.reason != "SESSION_UNKNOWN":
-                raise
-        gateway_id = await self._membership.renew(gateway_id)
-        try:
-            return await self._route(wanted, gateway_id, headers)
-        except CaravanError as error:
-            if error.reason == "SESSION_UNKNOWN":
-                raise coordinator_down() from None
-            raise
-
-    async def _route(self, wanted: Wanted, gateway_id: str, headers: Headers) -> Lease:
-        request = pb.RouteRequest(
-            request_id=wanted.request_id,
-            gateway_id=gateway_id,
-            model=wanted.model,
-            priority=wanted.scheduling.priority,
-            affinity=wanted.affinity,
-            session_id=wanted.session_id,
-        )
-        if wanted.scheduling.HasField("max_wait"):
-            request.max_wait.CopyFrom(wanted.scheduling.max_wait)
-        try:
-            answer = await self._stub.Route(request, metadata=headers)
+            with session.holding(call):
+                answer = await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, service="coordinator") from None
+            raise _route_error(error) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if session.ended and task is not None and not task.cancelling():
+                raise coordinator_down() from None
+            call.cancel()
+            raise
         lease = answer.lease
-        return Lease(lease.lease_id, lease.engine_id, lease.address)
+        return Lease(
+            lease.lease_id,
+            lease.engine_id,
+            lease.address,
+            lease.incarnation,
+            answer.model,
+            answer.idempotent,
+        )
 
-    async def release(self, lease: Lease, outcome: Outcome) -> None:
-        """Ends a lease. Raises CaravanError."""
-        request = pb.ReleaseRequest(lease_id=lease.lease_id, outcome=_OUTCOMES[outcome])
+    async def release(self, lease: Lease, outcome: Outcome, finish_key: bytes) -> None:
+        """Ends a lease. `finish_key` names the KV state that the request left; empty: none. Raises CaravanError."""
+        request = pb.ReleaseRequest(
+            lease_id=lease.lease_id, outcome=_OUTCOMES[outcome], finish_key=finish_key
+        )
         try:
             await self._stub.Release(request, timeout=self.timeout_s)
         except grpc.aio.AioRpcError as error:
@@ -146,3 +105,10 @@ class CoordinatorClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="coordinator") from None
         return list(answer.engines)
+
+
+def _route_error(error: grpc.aio.AioRpcError) -> CaravanError:
+    known = from_rpc_error(error, service="coordinator")
+    wordless = known.reason == "CANCELLED" and rpc_status.from_call(error) is None
+    # Without words of its own, or with those that it is going: the coordinator died or stops, and the next one can be asked.
+    return coordinator_down() if wordless or known.reason == "DRAINING" else known

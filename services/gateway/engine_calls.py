@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import asyncio
+import contextlib
+from typing import Any, Final, Protocol
 
 import grpc
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.engine.v1 import engine_service_pb2_grpc as engine_grpc
+from grpc_status import rpc_status
 
 from services.gateway.coordinator import Headers
 from services.gateway.requests import Api, InferenceRequest
+from services.gateway.routes import Lease
+from services.runtime.errors import CaravanError, from_rpc_error
+
+_LAST_READ_S: Final = 1.0
 
 
 class EngineCall(Protocol):
@@ -38,6 +45,39 @@ def begin(
         )
         return _OneEvent(call)
     return engine.Generate(request.generate, timeout=timeout_s, metadata=headers)
+
+
+async def read_to_end(call: EngineCall) -> None:
+    """Lets the engine end its call by itself, so that it does not count a finished request as cancelled."""
+    # However it ends, even by stalling, the answer is complete.
+    with contextlib.suppress(grpc.aio.AioRpcError, CaravanError, TimeoutError):
+        async with asyncio.timeout(_LAST_READ_S):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+
+def call_error(error: grpc.aio.AioRpcError, lease: Lease, asked_for: str) -> CaravanError:
+    """What an engine's call failed with; `asked_for` is the deployment that the client named."""
+    known = from_rpc_error(error, service="engine")
+    unreachable = known.reason in {"SERVICE_UNAVAILABLE", "CANCELLED"}
+    if unreachable and rpc_status.from_call(error) is None:
+        # No words of the engine itself: its process or its listener is gone.
+        return engine_lost(lease.engine_id)
+    if known.reason == "CONTEXT_LENGTH_EXCEEDED" and lease.model != asked_for:
+        # The client knows the context of the model that it asked for, not that of the one which answers in its place.
+        told = f"{known.message} It is served by '{lease.model}' in place of '{asked_for}'."
+        return CaravanError(known.reason, told, retry_after_s=None, **known.metadata)
+    return known
+
+
+def engine_lost(engine_id: str) -> CaravanError:
+    """The engine ended its call without a word, or cannot be reached."""
+    return CaravanError(
+        "ENGINE_LOST",
+        "The engine that served the request went away.",
+        retry_after_s=1.0,
+        engine_id=engine_id,
+    )
 
 
 def _prefill_only(generate: engine_pb.GenerateRequest) -> engine_pb.PrefillOnlyRequest:

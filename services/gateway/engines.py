@@ -53,12 +53,14 @@ class EnginePool:
             if entry.users == 0 and self._entries.get(address) is not entry:
                 await entry.channel.close()
 
-    def forget(self, address: str) -> None:
+    async def forget(self, address: str) -> None:
         """The next use connects anew: the engine was lost, and a channel that failed waits before it tries again."""
         entry = self._entries.get(address)
-        if entry is not None and entry.users > 0:
-            # Its last user closes it.
+        if entry is not None:
             del self._entries[address]
+            if entry.users == 0:
+                await entry.channel.close()
+            # Else its last user closes it.
 
     async def close_idle(self) -> None:
         """Closes what nobody has used for a while."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
@@ -22,7 +22,7 @@ from services.gateway.rpc_metadata import (
     Context,
     abort,
     invocation_metadata,
-    send_request_id,
+    send_head,
     when_over,
 )
 from services.gateway.session import RequestSession
@@ -70,11 +70,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             )
             event = await session.next()
             assert event is not None, "silence was not asked for"
-            await send_request_id(context, request_id)
+            await send_head(context, request_id, session.deployment)
             return _prefilled(event.finished, session.engine_id)
         except CaravanError as error:
-            shown = error if session is None else in_typed_words(error, Api.PREFILL)
-            await abort(context, shown, request_id, openai=False)
+            await _abort(context, error, Api.PREFILL, request_id, session)
         finally:
             if session is not None:
                 session.close()
@@ -130,7 +129,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 assert event is not None, "silence was not asked for"
                 if not sent:
                     sent = True
-                    await send_request_id(context, request_id)
+                    await send_head(context, request_id, session.deployment)
                 kind = event.WhichOneof("event")
                 if kind == "delta":
                     yield response(delta=_delta(event.delta))
@@ -140,8 +139,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                     ended = True
                     yield response(finished=_finished(event.finished))
         except CaravanError as error:
-            shown = error if session is None else in_typed_words(error, api)
-            await abort(context, shown, request_id, openai=False)
+            await _abort(context, error, api, request_id, session)
         finally:
             if session is not None:
                 session.close()
@@ -158,6 +156,19 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             raise
         when_over(context, session.close)
         return session
+
+
+async def _abort(
+    context: Context,
+    error: CaravanError,
+    api: Api,
+    request_id: str,
+    session: RequestSession | None,
+) -> NoReturn:
+    if session is None:
+        await abort(context, error, request_id, "", openai=False)
+    shown = in_typed_words(error, api)
+    await abort(context, shown, request_id, session.deployment, openai=False)
 
 
 def _started(started: engine_pb.Started, session: RequestSession) -> pb.Started:

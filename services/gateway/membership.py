@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Final, Protocol
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 
+from services.gateway.held import HeldLeases
 from services.runtime.clock import Clock, IdSource
 from services.runtime.errors import CaravanError
 from services.runtime.server import cancel_all
@@ -33,14 +34,54 @@ def coordinator_down() -> CaravanError:
     )
 
 
+class _Cancellable(Protocol):
+    def cancel(self) -> bool: ...
+
+
+class Session:
+    """One session. Calls that were made in it are cancelled with its end: nobody knows any more what they asked for.
+
+    `succeeds_another`: the gateway was joined before. `joined_at` is in monotonic seconds.
+    """
+
+    def __init__(self, gateway_id: str, *, succeeds_another: bool) -> None:
+        self.gateway_id = gateway_id
+        self.succeeds_another = succeeds_another
+        self.joined_at = 0.0
+        self.ended = False
+        self._calls: set[_Cancellable] = set()
+
+    @contextmanager
+    def holding(self, call: _Cancellable) -> Iterator[None]:
+        """Ends the call if the session ends before it."""
+        if self.ended:
+            call.cancel()
+        self._calls.add(call)
+        try:
+            yield
+        finally:
+            self._calls.discard(call)
+
+    def end(self) -> None:
+        """The coordinator is gone, or has forgotten this gateway."""
+        self.ended = True
+        for call in list(self._calls):
+            call.cancel()
+
+
 class Membership:
-    """Holds one session at a time. Each has an id of its own, so that leases of an older one cannot be mixed up with it."""
+    """Holds one session at a time. Each has an id of its own, so that leases of an older one cannot be mixed up with it.
+
+    The coordinator learns `held` at each join. `timeout_s` is the longest wait for the answer to a join, in seconds.
+    """
 
     def __init__(
         self,
         stub: pb_grpc.CoordinatorServiceAsyncStub,
         clock: Clock,
         ids: IdSource,
+        held: HeldLeases,
+        *,
         timeout_s: float,
         on_change: Callable[[bool], Awaitable[None]],
     ) -> None:
@@ -48,43 +89,35 @@ class Membership:
         self._clock = clock
         self._ids = ids
         self._timeout_s = timeout_s
+        self._held = held
         self._on_change = on_change
         self._joined = asyncio.Event()
         self._renewing = False
-        self._gateway_id = ""
+        self._current = Session("", succeeds_another=False)
+        self._was_joined = False
         self._hearing: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         self._interval_s = timeout_s
 
-    @property
-    def is_joined(self) -> bool:
-        """Whether there is a session, or one is being renewed."""
-        return self._joined.is_set() or self._renewing
-
-    async def gateway_id(self) -> str:
-        """The id of the session; waits only while a session is being renewed. Raises SERVICE_UNAVAILABLE."""
-        if self._renewing:
-            await self._wait_joined()
+    async def session(self, within_s: float) -> Session:
+        """The session, as soon as there is one. Raises SERVICE_UNAVAILABLE after `within_s` seconds without."""
         if not self._joined.is_set():
-            raise coordinator_down()
-        return self._gateway_id
+            try:
+                async with asyncio.timeout(within_s):
+                    await self._joined.wait()
+            except TimeoutError:
+                raise coordinator_down() from None
+        return self._current
 
-    async def renew(self, unknown_id: str) -> str:
-        """The coordinator does not know `unknown_id`: the id of the session after it. Raises SERVICE_UNAVAILABLE."""
-        if self._joined.is_set() and self._gateway_id == unknown_id:
+    def renew(self, unknown: Session) -> None:
+        """The coordinator does not know this session: joins again at once, unless that has happened since."""
+        if self._joined.is_set() and self._current is unknown:
             self._joined.clear()
             self._renewing = True
+            unknown.end()
             if self._hearing is not None:
                 # Not the call: a write to it that is under way would be cancelled, and with it the task of run().
                 self._hearing.cancel()
-        return await self.gateway_id()
-
-    async def _wait_joined(self) -> None:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._joined.wait()
-        except TimeoutError:
-            raise coordinator_down() from None
 
     async def run(self) -> None:
         """Joins, and joins again after each end, until cancelled."""
@@ -99,10 +132,14 @@ class Membership:
 
     async def _session(self) -> bool:
         """One session, to its end; whether it was joined at all."""
-        self._gateway_id = self._ids("gateway")
+        self._current = Session(self._ids("gateway"), succeeds_another=self._was_joined)
         call = self._stub.JoinGateway()
         try:
-            await call.write(pb.JoinGatewayRequest(gateway_id=self._gateway_id))
+            first = pb.JoinGatewayRequest(
+                gateway_id=self._current.gateway_id,
+                held=self._held.messages(self._clock.monotonic()),
+            )
+            await call.write(first)
             async with asyncio.timeout(self._timeout_s):
                 joined = await self._hear(call)
             if joined:
@@ -119,8 +156,10 @@ class Membership:
 
     async def _stay(self, call: _Call) -> None:
         """Beats until the session ends."""
-        _LOG.info("joined the coordinator as %s", self._gateway_id)
+        _LOG.info("joined the coordinator as %s", self._current.gateway_id)
         self._renewing = False
+        self._was_joined = True
+        self._current.joined_at = self._clock.monotonic()
         self._joined.set()
         await self._on_change(self._joined.is_set())
         hearing = self._hearing = asyncio.create_task(self._keep_hearing(call))
@@ -138,6 +177,7 @@ class Membership:
                     await call.write(pb.JoinGatewayRequest())
         finally:
             self._joined.clear()
+            self._current.end()
             await cancel_all([hearing])
             await self._on_change(self._joined.is_set())
 
@@ -145,7 +185,7 @@ class Membership:
         try:
             while await self._hear(call):
                 pass
-            _LOG.warning("the coordinator ended the session %s", self._gateway_id)
+            _LOG.warning("the coordinator ended the session %s", self._current.gateway_id)
         except grpc.aio.AioRpcError as error:
             _LOG.warning("the session with the coordinator broke: %s", _why(error))
 

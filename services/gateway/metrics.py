@@ -10,6 +10,7 @@ from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.migration import MOVED
 from services.gateway.requests import Api
 
 _FIRST_TOKEN_S: Final = (
@@ -20,6 +21,9 @@ _INTER_TOKEN_S: Final = (
 )  # fmt: skip
 _DURATION_S: Final = (
     0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+_MIGRATION_S: Final = (
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0,
 )  # fmt: skip
 
 MODEL_LABELS_MAX: Final = 64
@@ -42,6 +46,17 @@ class Outcome(Enum):
     REFUSED = "refused"
     """For what it asked, or for lack of capacity."""
     FAILED = "failed"
+
+
+class MigrationResult(Enum):
+    """What became of a request that left its engine."""
+
+    MOVED = "moved"
+    """Another engine went on with it."""
+    FAILED = "failed"
+    """None took it, or the next one was lost too."""
+    CANCELLED = "cancelled"
+    """It was ended on the way."""
 
 
 class GatewayMetrics:
@@ -77,14 +92,21 @@ class GatewayMetrics:
             "Whether the coordinator knows this gateway: 1 or 0.",
             registry=registry,
         )
-        self._retries = Counter(
-            "caravan_gateway_retries_total",
-            "Requests that were given to a second engine before their first event.",
+        self._migrations = Counter(
+            "caravan_migrations_total",
+            "Moves of requests to another engine, by why the one before was left and what became of it.",
+            ["reason", "result"],
+            registry=registry,
+        )
+        self._migration = Histogram(
+            "caravan_migration_seconds",
+            "From the loss of a request's engine to the first token of the next one.",
+            buckets=_MIGRATION_S,
             registry=registry,
         )
         self._releases_failed = Counter(
             "caravan_gateway_releases_failed_total",
-            "Leases that could not be released; the coordinator sweeps them with the session.",
+            "Releases of leases that failed and are repeated; what the coordinator has swept needs none.",
             registry=registry,
         )
         self._prompt_tokens = Counter(
@@ -100,6 +122,9 @@ class GatewayMetrics:
             registry=registry,
         )
         self._models: set[str] = set()
+        for reason in MOVED:
+            for result in MigrationResult:
+                self._migrations.labels(reason, result.value)
         for api in Api:
             for outcome in Outcome:
                 self._requests.labels(api.value, outcome.value)
@@ -133,10 +158,14 @@ class GatewayMetrics:
         """Whether the coordinator knows this gateway."""
         self._joined.set(joined)
 
-    def count_retry(self) -> None:
-        """A request was given to a second engine."""
-        self._retries.inc()
+    def count_migration(self, reason: str, result: MigrationResult) -> None:
+        """A request left its engine for a reason of migration.MOVED."""
+        self._migrations.labels(reason, result.value).inc()
+
+    def observe_migration(self, seconds: float) -> None:
+        """A request that left its engine got its next tokens."""
+        self._migration.observe(seconds)
 
     def count_failed_release(self) -> None:
-        """A lease could not be released."""
+        """A lease could not be released now."""
         self._releases_failed.inc()

@@ -42,6 +42,14 @@ class AnswerHead:
         return f"{prefix}-{self.request_id.removeprefix('req-')}"
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Who made the answer: the engine that finished it, and the deployment, which may be a fallback of the one asked for."""
+
+    engine_id: str
+    deployment: str
+
+
 def finish_reason(reason: generation_pb2.FinishReason.ValueType) -> str:
     """The word of the OpenAI API. Raises CANCELLED, which has no word: such an answer ends with an error."""
     if reason == generation_pb2.FINISH_REASON_CANCELLED:
@@ -60,10 +68,13 @@ def usage(used: generation_pb2.Usage) -> dict[str, Any]:
     }
 
 
-def cache_part(finished: engine_pb.Finished, engine_id: str) -> dict[str, Any]:
+def caravan_part(finished: engine_pb.Finished, served: Served, asked_for: str) -> dict[str, Any]:
     """The `caravan` object of an answer. A key that was not kept, and a hit of a newer engine, are null."""
-    return {
+    part: dict[str, Any] = {
         "finish_key": finished.finish_key.hex() or None,
         "cache_hit": _HITS.get(finished.cache_hit),
-        "engine_id": engine_id,
+        "engine_id": served.engine_id,
     }
+    if served.deployment != asked_for:
+        part["deployment"] = served.deployment
+    return part

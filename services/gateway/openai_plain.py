@@ -11,7 +11,8 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from services.gateway.openai_answer import (
     SYSTEM_FINGERPRINT,
     AnswerHead,
-    cache_part,
+    Served,
+    caravan_part,
     finish_reason,
     usage,
 )
@@ -45,8 +46,8 @@ class PlainAnswer:
             call["name"] = call["name"] or piece.name
             call["arguments"].append(piece.arguments_json)
 
-    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
-        """The JSON. `engine_id` names who answered. Raises CANCELLED for a request that was cancelled."""
+    def finished(self, finished: engine_pb.Finished, served: Served) -> bytes:
+        """The JSON. Raises CANCELLED for a request that was cancelled."""
         chat = self._api is Api.CHAT
         reason = finish_reason(finished.reason)
         answer = {
@@ -59,7 +60,7 @@ class PlainAnswer:
             "usage": usage(finished.usage),
         }
         if self._show_cache:
-            answer["caravan"] = cache_part(finished, engine_id)
+            answer["caravan"] = caravan_part(finished, served, self._head.model)
         return msgspec.json.encode(answer)
 
     def _chat_choice(self, reason: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from google.api.httpbody_pb2 import HttpBody
 from services.gateway import openai_plain, openai_stream
 from services.gateway.coordinator import CoordinatorClient, model_not_found
 from services.gateway.engine_errors import in_openai_words
-from services.gateway.openai_answer import AnswerHead
+from services.gateway.openai_answer import AnswerHead, Served
 from services.gateway.openai_inflight import listed
 from services.gateway.openai_request import parse_chat, parse_completion
 from services.gateway.requests import Api, InferenceRequest
@@ -26,7 +26,7 @@ from services.gateway.rpc_metadata import (
     Context,
     abort,
     invocation_metadata,
-    send_request_id,
+    send_head,
     when_over,
 )
 from services.gateway.session import RequestSession
@@ -117,14 +117,14 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
             head = AnswerHead(request_id, request.model, int(self._clock.wall()))
             if not request.stream:
                 data = await _collect(request, session, head)
-                await send_request_id(context, request_id)
+                await send_head(context, request_id, session.deployment)
                 yield response(body=HttpBody(content_type=_JSON, data=data))
                 return
             stream = openai_stream.open_stream(request, head)
             ended = False
             while not ended:
                 event = await session.next(self._keepalive_s)
-                data, ended = _show(stream, event, session.engine_id)
+                data, ended = _show(stream, event, session)
                 # A client that reads slowly gets several deltas in one message: fewer writes for the same chunks.
                 while not ended and (delta := session.next_delta()) is not None:
                     data += stream.delta(delta)
@@ -132,7 +132,7 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
                     yield response(body=HttpBody(data=data))
                 elif data:
                     sent = True
-                    await send_request_id(context, request_id)
+                    await send_head(context, request_id, session.deployment)
                     first = HttpBody(content_type=openai_stream.CONTENT_TYPE, data=data)
                     yield response(body=first)
         except (CaravanError, MemoryError, ValueError) as caught:
@@ -140,7 +140,8 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
             if sent:
                 # The status is gone; an event is all that a REST client can see.
                 yield response(body=HttpBody(data=openai_stream.error_event(error)))
-            await abort(context, error, request_id, openai=True)
+            deployment = "" if session is None else session.deployment
+            await abort(context, error, request_id, deployment, openai=True)
         finally:
             if session is not None:
                 session.close()
@@ -160,7 +161,9 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
         return request, session
 
 
-def _show(stream: openai_stream.AnswerStream, event: Any, engine_id: str) -> tuple[bytes, bool]:
+def _show(
+    stream: openai_stream.AnswerStream, event: Any, session: RequestSession
+) -> tuple[bytes, bool]:
     """Bytes for an event of an engine, and whether it is the last."""
     if event is None:
         return openai_stream.KEEPALIVE, False
@@ -168,7 +171,7 @@ def _show(stream: openai_stream.AnswerStream, event: Any, engine_id: str) -> tup
     if kind == "delta":
         return stream.delta(event.delta), False
     if kind == "finished":
-        return stream.finished(event.finished, engine_id), True
+        return stream.finished(event.finished, _served(session)), True
     return b"", False
 
 
@@ -181,7 +184,11 @@ async def _collect(request: InferenceRequest, session: RequestSession, head: Ans
         if kind == "delta":
             answer.delta(event.delta)
         elif kind == "finished":
-            return answer.finished(event.finished, session.engine_id)
+            return answer.finished(event.finished, _served(session))
+
+
+def _served(session: RequestSession) -> Served:
+    return Served(session.engine_id, session.deployment)
 
 
 def _as_shown(caught: Exception, api: Api, *, of_engine: bool) -> CaravanError:

@@ -15,7 +15,8 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from services.gateway.openai_answer import (
     SYSTEM_FINGERPRINT,
     AnswerHead,
-    cache_part,
+    Served,
+    caravan_part,
     finish_reason,
     usage,
 )
@@ -43,8 +44,8 @@ class AnswerStream(Protocol):
         """The events for one delta; empty where it shows nothing."""
         ...
 
-    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
-        """The last events. `engine_id` names who answered. Raises CANCELLED for a request that was cancelled."""
+    def finished(self, finished: engine_pb.Finished, served: Served) -> bytes:
+        """The last events. Raises CANCELLED for a request that was cancelled."""
         ...
 
 
@@ -86,6 +87,7 @@ class _Chunks:
         }
         self.head = b'data: %b,"choices":' % _json(fields)[:-1]
         self.tail = (b',"usage":null' if request.include_usage else b"") + b"}\n\n"
+        self._model = head.model
         self._include_usage = request.include_usage
         self._show_cache = request.show_cache
 
@@ -93,11 +95,11 @@ class _Chunks:
         """A whole chunk with one choice."""
         return b"%b%b%b" % (self.head, _json([choice]), self.tail)
 
-    def last(self, choice: dict[str, Any], finished: engine_pb.Finished, engine_id: str) -> bytes:
+    def last(self, choice: dict[str, Any], finished: engine_pb.Finished, served: Served) -> bytes:
         """The chunk that ends the choice, the usage chunk if asked for, and [DONE]."""
         cache = b""
         if self._show_cache:
-            cache = b',"caravan":%b' % _json(cache_part(finished, engine_id))
+            cache = b',"caravan":%b' % _json(caravan_part(finished, served, self._model))
         ended = b"%b%b%b%b" % (self.head, _json([choice]), cache, self.tail)
         if not self._include_usage:
             return ended + DONE
@@ -124,10 +126,10 @@ class _ChatStream:
             return shown
         return self._role() + shown
 
-    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+    def finished(self, finished: engine_pb.Finished, served: Served) -> bytes:
         choice = self._choice({}, None, finish_reason(finished.reason))
         role = b"" if self._opened else self._role()
-        return role + self._chunks.last(choice, finished, engine_id)
+        return role + self._chunks.last(choice, finished, served)
 
     def _role(self) -> bytes:
         self._opened = True
@@ -184,9 +186,9 @@ class _CompletionStream:
             return b""
         return b"%b%b%b" % (self._before_text, _json(delta.text), self._after_text)
 
-    def finished(self, finished: engine_pb.Finished, engine_id: str) -> bytes:
+    def finished(self, finished: engine_pb.Finished, served: Served) -> bytes:
         choice = self._choice("", None, finish_reason(finished.reason))
-        return self._chunks.last(choice, finished, engine_id)
+        return self._chunks.last(choice, finished, served)
 
     @staticmethod
     def _choice(text: str, logprobs: object, reason: str | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Final, NoReturn, cast
+from urllib.parse import quote
 
 import grpc
 
@@ -11,6 +12,7 @@ from services.runtime.errors import CaravanError
 from services.runtime.telemetry import Metadata
 
 REQUEST_ID_KEY: Final = "x-request-id"
+DEPLOYMENT_KEY: Final = "x-caravan-deployment"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -19,10 +21,12 @@ def invocation_metadata(context: Context) -> Metadata:
     return tuple(context.invocation_metadata() or ())
 
 
-async def send_request_id(context: Context, request_id: str) -> None:
-    """Sends the id of the request as a response header. Only when the first message follows: errors before it keep their
-    HTTP status only while no headers were sent."""
-    await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+async def send_head(context: Context, request_id: str, deployment: str) -> None:
+    """Sends the id of the request, and the name of the deployment that serves it, as response headers; empty: not known yet.
+
+    Only when the first message follows: errors before it keep their HTTP status only while no headers were sent.
+    """
+    await context.send_initial_metadata(_names(request_id, deployment))
 
 
 def when_over(context: Context, call: Callable[[], None]) -> None:
@@ -34,9 +38,17 @@ def when_over(context: Context, call: Callable[[], None]) -> None:
 
 
 async def abort(
-    context: Context, error: CaravanError, request_id: str, *, openai: bool
+    context: Context, error: CaravanError, request_id: str, deployment: str, *, openai: bool
 ) -> NoReturn:
-    """Ends the call with an error that carries the id of the request too."""
-    trailing = (*error.trailing_metadata(openai=openai), (REQUEST_ID_KEY, request_id))
+    """Ends the call with an error that carries what the head of an answer would."""
+    trailing = (*error.trailing_metadata(openai=openai), *_names(request_id, deployment))
     await context.abort(error.row.grpc_code, error.message, trailing)
     raise AssertionError("abort does not return")
+
+
+def _names(request_id: str, deployment: str) -> tuple[tuple[str, str], ...]:
+    request = (REQUEST_ID_KEY, request_id)
+    if not deployment:
+        return (request,)
+    # An engine that was started by hand may have any name, and a header holds printable ASCII only.
+    return (request, (DEPLOYMENT_KEY, quote(deployment, safe="/:")))

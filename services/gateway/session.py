@@ -7,47 +7,53 @@ which then cancels the engine's call and gives the lease back. Nothing of that r
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 import grpc
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
-from grpc_status import rpc_status
 
+from services.gateway.answer import Answer
 from services.gateway.background import Background
-from services.gateway.coordinator import CoordinatorClient, Lease, Wanted
-from services.gateway.engine_calls import EngineCall, begin
+from services.gateway.engine_calls import (
+    EngineCall,
+    begin,
+    call_error,
+    engine_lost,
+    read_to_end,
+)
 from services.gateway.engines import EnginePool
-from services.gateway.membership import coordinator_down
+from services.gateway.leases import Leases
 from services.gateway.metrics import GatewayMetrics, Outcome
+from services.gateway.migration import GONE
+from services.gateway.moves import Moves
 from services.gateway.prefix_hashes import prefix_hashes
 from services.gateway.relay import Relay
-from services.gateway.requests import InferenceRequest
+from services.gateway.requests import Api, InferenceRequest
+from services.gateway.routes import Lease, Wanted
+from services.gateway.stalls import StallWatch
 from services.runtime.clock import Clock
-from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.errors import CaravanError
 from services.runtime.telemetry import RequestSpan
 
 _LOG = logging.getLogger(__name__)
 
-ATTEMPTS_MAX: Final = 2
-"""Leases that one request may take. A second one only while the client has seen nothing and the engine has begun nothing."""
-_LAST_READ_S: Final = 1.0
-
-_RETRIED: Final = frozenset({"ENGINE_LOST", "DRAINING", "CAPACITY_EXHAUSTED", "MODEL_LOADING"})
-
 
 @dataclass(frozen=True, slots=True)
 class SessionParts:
-    """What every session uses."""
+    """What every session uses. `new_seed` draws 32 bits, `fraction` a number within [0, 1)."""
 
-    coordinator: CoordinatorClient
+    leases: Leases
     engines: EnginePool
+    stalls: StallWatch
     metrics: GatewayMetrics
     clock: Clock
     background: Background
+    new_seed: Callable[[], int]
+    fraction: Callable[[], float]
+    moves_max: int
 
 
 def outcome_of(error: CaravanError) -> Outcome:
@@ -70,22 +76,22 @@ class RequestSession:
     ) -> None:
         self.request_id = request_id
         self.engine_id = ""
+        self.deployment = ""
+        """The one that serves the request: the one asked for, or one of its fallbacks. Empty until there is a lease."""
         self._request = request
         self._span = span
         self._deadline = deadline
         self._parts = parts
         self._relay: Relay[engine_pb.GenerateResponse] = Relay()
         self._arrived = self._last_tokens = parts.clock.monotonic()
-        self._began = False
         self._any_tokens = False
+        self._answer = Answer()
+        self._moves = Moves(parts.moves_max, parts.fraction, parts.clock, parts.metrics, span)
         request.generate.request_id = request_id
-        self._wanted = Wanted(
-            request_id,
-            request.model,
-            request.generate.cache.session_id,
-            prefix_hashes(request.model, request.generate),
-            request.scheduling,
-        )
+        if request.api is not Api.PREFILL and not request.generate.sampling.HasField("seed"):
+            # Of each engine its own would give the rest of another answer.
+            request.generate.sampling.seed = parts.new_seed()
+        self._affinity = prefix_hashes(request.model, request.generate)
         self._task = asyncio.create_task(self._run())
 
     @property
@@ -114,7 +120,7 @@ class RequestSession:
         outcome = Outcome.FAILED
         failure: str | None = None
         try:
-            outcome = await self._attempts()
+            outcome = await self._serve()
         except CaravanError as error:
             outcome, failure = outcome_of(error), error.reason
             self._relay.end(error)
@@ -127,92 +133,87 @@ class RequestSession:
             failure = "INTERNAL"
             self._relay.end(CaravanError("INTERNAL", "An internal error occurred."))
         finally:
+            self._moves.end(outcome)
             took_s = self._parts.clock.monotonic() - self._arrived
             self._parts.metrics.count_request(self._request.api, outcome, took_s)
             self._span.end(failure)
             _LOG.debug("request %s: %s", self.request_id, failure or outcome.value)
 
-    async def _attempts(self) -> Outcome:
-        for attempt in range(1, ATTEMPTS_MAX + 1):
-            lease = await self._route()
-            release: asyncio.Task[None] | None = None
+    async def _serve(self) -> Outcome:
+        """One lease after the other, until an engine has finished the answer or nothing is left to try."""
+        while True:
+            lease = await self._next_lease()
             outcome = Outcome.FAILED
             try:
                 outcome = await self._generate(lease)
                 return outcome
             except CaravanError as error:
                 outcome = outcome_of(error)
-                if self._began or error.reason not in _RETRIED or attempt == ATTEMPTS_MAX:
-                    raise
-                _LOG.info("request %s goes to a second engine: %s", self.request_id, error.reason)
-                self._parts.metrics.count_retry()
+                if error.reason in GONE:
+                    # Also of a connection that is dead without knowing it nobody should make use again.
+                    await self._parts.engines.forget(lease.address)
+                delay_s = self._moves.leave(error, lease, self._began, self._remaining_s())
             except asyncio.CancelledError:
                 outcome = Outcome.CANCELLED
                 raise
             finally:
                 # In a task of its own: it happens even if this one is cancelled now.
-                release = self._parts.background.spawn(self._release(lease, outcome))
+                release = self._parts.background.spawn(
+                    self._parts.leases.release(lease, outcome, self._answer.finish_key)
+                )
             # The id of the request is free for the next lease only after the release.
             await asyncio.shield(release)
-        raise AssertionError("the last attempt returns or raises")
+            await asyncio.sleep(delay_s)
 
-    async def _route(self) -> Lease:
+    async def _next_lease(self) -> Lease:
         """Takes a lease, when it is the turn of the request. One that comes after the session has given up is given back."""
-        routing = self._parts.background.spawn(
-            self._parts.coordinator.route(self._wanted, self._span.headers())
-        )
+        asking = self._parts.leases.ask(self._wanted(), self._span.headers())
         try:
-            await self._routed(routing)
+            await asyncio.wait({asking.task}, timeout=self._remaining_s())
+            if not asking.task.done():
+                raise _deadline_passed()
         except (CaravanError, asyncio.CancelledError):
-            self._parts.background.spawn(self._give_back(routing))
+            self._parts.background.spawn(self._parts.leases.give_up(asking))
             raise
-        lease = routing.result()
+        try:
+            lease = asking.task.result()
+        except CaravanError as error:
+            # A client that has been given nothing is told what the coordinator says now.
+            raise self._moves.cut_off_by(error) if self._answer.any_events else error from None
         self.engine_id = lease.engine_id
-        self._span.set(caravan__engine_id=lease.engine_id)
+        self.deployment = lease.model
+        self._span.set(caravan__engine_id=lease.engine_id, caravan__deployment=lease.model)
         return lease
 
-    async def _routed(self, routing: asyncio.Task[Lease]) -> None:
-        """Waits for the answer, for as long as the coordinator is there. Raises DEADLINE_EXCEEDED, SERVICE_UNAVAILABLE."""
-        coordinator = self._parts.coordinator
-        while not routing.done():
-            tick_s = min(coordinator.timeout_s, self._remaining_s(coordinator.timeout_s))
-            await asyncio.wait({routing}, timeout=tick_s)
-            if not routing.done():
-                self._check_deadline()
-                if not coordinator.is_joined:
-                    raise coordinator_down()
-
-    async def _give_back(self, routing: asyncio.Task[Lease]) -> None:
-        # Without the answer nobody could tell whether a grant is on its way; the cancel makes it come at once.
-        with contextlib.suppress(CaravanError):
-            if not routing.done():
-                await self._parts.coordinator.cancel(self.request_id)
-        try:
-            lease = await routing
-        except CaravanError:
-            return
-        await self._release(lease, Outcome.CANCELLED)
-
-    async def _release(self, lease: Lease, outcome: Outcome) -> None:
-        try:
-            await self._parts.coordinator.release(lease, outcome)
-        except CaravanError as error:
-            # The coordinator is away; the lease ends with this gateway's session there.
-            self._parts.metrics.count_failed_release()
-            _LOG.warning("lease %s was not released: %s", lease.lease_id, error)
+    def _wanted(self) -> Wanted:
+        begun = self._answer.any_events
+        return Wanted(
+            self.request_id,
+            # What the client has been given of an answer is of that model.
+            self.deployment if begun else self._request.model,
+            self._request.generate.cache.session_id,
+            self._affinity,
+            self._request.scheduling,
+            avoided=self._moves.avoided,
+            resumed=self._moves.any,
+            may_fall_back=not begun,
+        )
 
     async def _generate(self, lease: Lease) -> Outcome:
+        self._began = False
         async with self._parts.engines.use(lease.address) as engine:
-            self._check_deadline()
-            timeout_s = None if self._deadline is None else self._remaining_s(0.0)
+            timeout_s = self._remaining_s()
+            if timeout_s == 0:
+                raise _deadline_passed()
+            self._answer.resume(self._request.generate)
             call = begin(engine, self._request, timeout_s, self._span.headers())
+            if self._request.api is not Api.PREFILL:
+                # A prefill is one answer, and silent until then.
+                call = self._parts.stalls.watch(call, lease.engine_id)
             try:
                 return await self._relay_events(call, lease)
             except grpc.aio.AioRpcError as error:
-                failure = self._engine_error(error, lease)
-                if failure.reason == "ENGINE_LOST":
-                    self._parts.engines.forget(lease.address)
-                raise failure from None
+                raise call_error(error, lease, self._request.model) from None
             finally:
                 # The end of the call frees the sequence. grpc.aio does not cancel calls that are merely forgotten.
                 call.cancel()
@@ -222,31 +223,28 @@ class RequestSession:
             event = await call.read()
             if event is grpc.aio.EOF:
                 # It ended without a terminal event (W3).
-                raise _engine_lost(lease)
-            self._began = True
+                raise engine_lost(lease.engine_id)
             kind = event.WhichOneof("event")
+            # A request that only waits at its engine is alive too, and may go elsewhere whatever its deployment allows.
+            self._began = self._began or kind != "progress"
+            if not self._answer.take(event, kind):
+                continue
             if kind == "delta":
                 self._note_tokens(len(event.delta.token_ids))
             await self._relay.put(event)
             if kind == "finished":
                 self._relay.end()
                 self._note_finished(event.finished)
-                await _read_to_end(call)
+                await read_to_end(call)
                 cancelled = event.finished.reason == generation_pb2.FINISH_REASON_CANCELLED
                 return Outcome.CANCELLED if cancelled else Outcome.FINISHED
-
-    def _engine_error(self, error: grpc.aio.AioRpcError, lease: Lease) -> CaravanError:
-        known = from_rpc_error(error, service="engine")
-        unreachable = known.reason in {"SERVICE_UNAVAILABLE", "CANCELLED"}
-        if unreachable and rpc_status.from_call(error) is None:
-            # No words of the engine itself: its process or its listener is gone.
-            return _engine_lost(lease)
-        return known
 
     def _note_tokens(self, tokens: int) -> None:
         if not tokens:
             return
         now = self._parts.clock.monotonic()
+        if self._moves.under_way:
+            self._moves.arrive()
         if self._any_tokens:
             self._parts.metrics.observe_tokens(now - self._last_tokens, tokens)
         else:
@@ -256,39 +254,25 @@ class RequestSession:
         self._last_tokens = now
 
     def _note_finished(self, finished: engine_pb.Finished) -> None:
-        self._parts.metrics.count_prompt(self._request.model, finished)
+        # Where the tokens before were the whole answer, its end is what the next engine brings.
+        self._moves.arrive()
+        self._parts.metrics.count_prompt(self.deployment, finished)
         self._span.set(
             gen_ai__usage__input_tokens=finished.usage.prompt_tokens,
             gen_ai__usage__output_tokens=finished.usage.completion_tokens,
             caravan__cached_tokens=finished.usage.cached_tokens,
         )
 
-    def _remaining_s(self, without: float) -> float:
+    def _remaining_s(self) -> float | None:
+        """What is left of the client's deadline; None: it set none."""
         if self._deadline is None:
-            return without
+            return None
         return max(0.0, self._deadline - self._parts.clock.monotonic())
-
-    def _check_deadline(self) -> None:
-        if self._deadline is not None and self._remaining_s(1.0) <= 0:
-            raise CaravanError("DEADLINE_EXCEEDED", "The deadline of the request has passed.")
 
 
 def _is_delta(event: engine_pb.GenerateResponse) -> bool:
     return event.HasField("delta")
 
 
-def _engine_lost(lease: Lease) -> CaravanError:
-    return CaravanError(
-        "ENGINE_LOST",
-        "The engine that served the request went away.",
-        retry_after_s=1.0,
-        engine_id=lease.engine_id,
-    )
-
-
-async def _read_to_end(call: EngineCall) -> None:
-    """Lets the engine end its call by itself, so that it does not count a finished request as cancelled."""
-    with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
-        async with asyncio.timeout(_LAST_READ_S):
-            while await call.read() is not grpc.aio.EOF:
-                pass
+def _deadline_passed() -> CaravanError:
+    return CaravanError("DEADLINE_EXCEEDED", "The deadline of the request has passed.")

@@ -48,6 +48,24 @@ class GatewaySettings(ProcessSettings):
         "Seconds that the coordinator has to answer one call",
         number(0.05, 60),
     )
+    coordinator_patience_s: float = setting(
+        "CARAVAN_GATEWAY_COORDINATOR_PATIENCE_S",
+        "10",
+        "Seconds that new requests wait for a coordinator that is away",
+        number(0, 300),
+    )
+    stall_s: float = setting(
+        "CARAVAN_GATEWAY_STALL_S",
+        "30",
+        "Seconds of an engine's silence after which its requests move to another",
+        number(0.1, 3_600),
+    )
+    migrations_max: int = setting(
+        "CARAVAN_GATEWAY_MIGRATIONS_MAX",
+        "5",
+        "Most times that one request moves to another engine",
+        integer(0, 100),
+    )
     max_requests: int = setting(
         "CARAVAN_GATEWAY_MAX_REQUESTS",
         "2048",

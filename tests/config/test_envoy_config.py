@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from services.cli.envoy import LOCAL_ORIGINS, EnvoySettings, render
-from services.cli.up import installation
+from services.cli.prepare import installation
 from services.runtime.channel import MESSAGE_BYTES_MAX
 
 FOLDER = installation().envoy_folder

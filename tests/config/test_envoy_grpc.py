@@ -23,7 +23,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from tests.config.conftest import Front
-from tests.support import stand_in_gateway
 from tests.support.waiting import wait_for
 
 CHAT = "/v1/chat/completions"
@@ -178,24 +177,6 @@ def _stands_still(front: Front) -> Callable[[], bool]:
         return len(seen) == 20 and seen[0] == seen[-1]
 
     return look
-
-
-def test_a_gateway_that_is_gone_is_503_and_comes_back(front: Front) -> None:
-    """Without a gateway: 503 in OpenAI's shape with Retry-After, UNAVAILABLE for gRPC, and service again afterwards."""
-    front.server.stop(0).wait()
-    wait_for(lambda: not front.healthy(), "the health check fails")
-    for response in (front.http.get("/v1/models"), front.http.post(CHAT, json={})):
-        error = response.json()["error"]
-        assert (response.status_code, error["code"]) == (503, "service_unavailable")
-        assert response.headers["retry-after"] == "1"
-    with grpc.insecure_channel(f"127.0.0.1:{front.port}") as channel:
-        with pytest.raises(grpc.RpcError) as caught:
-            stubs.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest())
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    front.server, front.gateway = stand_in_gateway.serve(front.gateway_port)
-    wait_for(front.healthy, "the health check passes again")
-    again = front.http.get("/v1/models")
-    assert again.status_code == 200, again.text
 
 
 def test_draining_lets_streams_end(front: Front) -> None:

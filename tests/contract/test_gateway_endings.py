@@ -74,21 +74,21 @@ async def test_an_engine_that_refuses_ends_the_request_with_its_own_words() -> N
 
 
 async def test_an_engine_that_ends_without_a_terminal_is_lost() -> None:
-    """A stream of the engine that just ends is an error for the client, after the first byte an event without [DONE] (W3)."""
-    async with running(started(), delta("a")) as rig:
+    """Without a move left, a stream of the engine that just ends is an error for the client, after the first byte an event (W3)."""
+    async with running(started(), delta("a"), migrations_max=0) as rig:
         body, error = await _stream_until_error(rig)
         assert _last_error(body)["code"] == "engine_lost"
         assert b"[DONE]" not in body
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         await rig.idle()
         assert rig.coordinator.outcomes == ["FAILED"]
-        assert len(rig.engine.requests) == 1, "nothing is tried again once the engine has begun"
+        assert len(rig.engine.requests) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_engine_that_dies_in_the_middle(stream: bool) -> None:
-    """When the process of the engine goes away after the first event, the request ends with ENGINE_LOST."""
-    async with running(started(), delta("a"), hang) as rig:
+    """When the process of the engine goes away and no other may be tried, the request ends with ENGINE_LOST."""
+    async with running(started(), delta("a"), hang, migrations_max=0) as rig:
         call = rig.chat(stream=stream)
         reading = asyncio.create_task(error_of(call))
         await until(lambda: rig.engine.running == 1)
@@ -111,22 +111,24 @@ async def test_an_engine_that_died_before_the_first_event_is_replaced_once() -> 
         assert b"Hello you" in await rig.chat_bytes()
         await rig.idle()
         assert rig.coordinator.outcomes == ["FAILED", "FINISHED"]
-        assert rig.registry.get_sample_value("caravan_gateway_retries_total") == 1
+        assert rig.migrations("ENGINE_LOST", "moved") == 1
 
 
-async def test_two_dead_engines_are_enough() -> None:
-    """A request takes two leases at most, each released once."""
-    async with running() as rig:
-        await rig.engine.kill()
+async def test_dead_engines_are_tried_within_a_bound() -> None:
+    """A request takes no more leases than it may, each released once (I4)."""
+    async with running(engines=[FakeEngine() for _ in range(4)], migrations_max=2) as rig:
+        for engine in rig.coordinator.engines:
+            await engine.kill()
         error = await error_of(rig.chat())
         assert from_rpc_error(error, service="gateway").reason == "ENGINE_LOST"
         await until(lambda: not rig.coordinator.held)
-        assert rig.coordinator.outcomes == ["FAILED", "FAILED"]
+        assert rig.coordinator.outcomes == ["FAILED", "FAILED", "FAILED"]
+        assert rig.migrations("ENGINE_LOST", "failed") == 2
 
 
 async def test_an_engine_that_comes_back_is_used_at_once() -> None:
     """A connection that failed is not kept: it would refuse for a while though the engine is there again."""
-    async with running() as rig:
+    async with running(migrations_max=0) as rig:
         await rig.chat_bytes()
         await rig.engine.kill()
         await error_of(rig.chat())
@@ -229,7 +231,9 @@ async def test_a_coordinator_that_hangs_is_not_waited_for() -> None:
     async def wait() -> None:
         await answer.wait()
 
-    async with running(coordinator_timeout_s=0.2, interval_ms=50) as rig:
+    async with running(
+        interval_ms=50, coordinator_timeout_s=0.2, coordinator_patience_s=0.2
+    ) as rig:
         rig.coordinator.refusals = [wait]
         call = rig.chat()
         await until(lambda: len(rig.coordinator.routes) == 1)

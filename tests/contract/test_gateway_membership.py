@@ -16,8 +16,8 @@ from tests.support.ports import free_port
 
 
 async def test_health_follows_the_session() -> None:
-    """A gateway serves only while the coordinator knows it; it joins again by itself, under a new id."""
-    async with running() as rig:
+    """A gateway serves while the coordinator knows it, and for as long as new requests wait for one that is away."""
+    async with running(coordinator_patience_s=0.2) as rig:
         assert await rig.serving()
         await rig.coordinator.server.grpc.stop(0)
         await until_serving(rig, serving=False)

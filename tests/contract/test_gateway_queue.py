@@ -240,6 +240,9 @@ async def test_requests_are_listed_and_cancelled_over_rest() -> None:
             "status": "queued",
             "priority": "background",
             "engine_id": None,
+            "phase": None,
+            "prompt_tokens": None,
+            "completion_tokens": 0,
             "age_s": 2.0,
             "queued_s": 2.0,
         }
@@ -273,8 +276,8 @@ async def test_bad_wishes_are_refused_by_name(field: dict[str, Any]) -> None:
 
 
 async def test_a_coordinator_that_dies_ends_the_wait() -> None:
-    """Who waits is told that the coordinator is gone, at once."""
-    async with line() as rig:
+    """Who waits for a turn that no coordinator gives any more is told so when patience is at its end."""
+    async with line(coordinator_patience_s=0.3) as rig:
         await rig.running()
         waiting = rig.ask()
         await rig.queued()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -44,17 +44,24 @@ class Peers:
     inference: Any
     coordinator: Any
     engine: Any
-    engine_process: subprocess.Popen[bytes]
+    processes: dict[str, subprocess.Popen[bytes]]
+    start: Callable[..., subprocess.Popen[bytes]]
+
+    def restart(self, name: str, number: signal.Signals) -> None:
+        """Ends a process by a signal, and starts it again."""
+        self.processes[name].send_signal(number)
+        self.processes[name].wait(20)
+        self.processes[name] = self.start(name)
 
     def ask(self, **fields: Any) -> Any:
         """A call of CreateChatCompletion."""
         request = openai_pb.CreateChatCompletionRequest(body=HttpBody(data=chat(**fields)))
         return self.openai.CreateChatCompletion(request, timeout=30)
 
-    def ready(self) -> bool:
-        """Whether the model can be asked for."""
+    def ready_engines(self) -> int:
+        """Engines that can be asked."""
         models = self.coordinator.ListModels(coordinator_pb.ListModelsRequest()).models
-        return any(model.ready_engines for model in models)
+        return sum(model.ready_engines for model in models)
 
     def idle(self) -> bool:
         """Whether no lease is held and no sequence runs."""
@@ -65,22 +72,31 @@ class Peers:
 
 @pytest.fixture(scope="module")
 def peers() -> Iterator[Peers]:
-    """Started once; the test that kills the engine is the last."""
+    """Started once; the tests that end the engine start it again."""
     names = ("coordinator", "engine", "gateway")
     addresses = {name: f"127.0.0.1:{free_port()}" for name in names}
-    environment = {**os.environ, "CARAVAN_DRAIN_GRACE_S": "0", "CARAVAN_ENGINE_MODEL": MODEL}
+    environment = {
+        **os.environ,
+        "CARAVAN_DRAIN_GRACE_S": "0",
+        "CARAVAN_ENGINE_MODEL": MODEL,
+        "CARAVAN_ENGINE_PROGRESS_S": "0.2",
+        "CARAVAN_GATEWAY_STALL_S": "1",
+    }
     for name, address in addresses.items():
         environment[f"CARAVAN_{name.upper()}_ADDRESS"] = address
         environment[f"CARAVAN_{name.upper()}_METRICS_ADDRESS"] = f"127.0.0.1:{free_port()}"
     for name in ("ENGINE", "GATEWAY"):
         environment[f"CARAVAN_{name}_COORDINATOR"] = addresses["coordinator"]
     with ExitStack() as stack:
-        processes = {}
-        for name in names:
+
+        def start(name: str, **settings: str) -> subprocess.Popen[bytes]:
             command = [sys.executable, "-m", f"services.{name}"]
-            process = stack.enter_context(subprocess.Popen(command, env=environment))
+            changed = {**environment, **settings}
+            process = stack.enter_context(subprocess.Popen(command, env=changed))
             stack.callback(process.terminate)
-            processes[name] = process
+            return process
+
+        processes = {name: start(name) for name in names}
         channels = {
             name: stack.enter_context(grpc.insecure_channel(address))
             for name, address in addresses.items()
@@ -92,9 +108,10 @@ def peers() -> Iterator[Peers]:
             inference_grpc.InferenceServiceStub(channels["gateway"]),
             coordinator_grpc.CoordinatorServiceStub(channels["coordinator"]),
             engine_grpc.EngineServiceStub(channels["engine"]),
-            processes["engine"],
+            processes,
+            start,
         )
-        wait_for(found.ready, "the engine joined", 120)
+        wait_for(found.ready_engines, "the engine joined", 120)
         yield found
 
 
@@ -155,17 +172,122 @@ def test_a_prompt_beyond_the_context(peers: Peers) -> None:
     wait_for(peers.idle, "nothing is left")
 
 
-def test_an_engine_that_is_killed_in_the_middle(peers: Peers) -> None:
-    """One terminal event for the client, and no lease left at the coordinator (I1, I6)."""
-    call = peers.ask(stream=True)
+def _text(parts: list[Any]) -> tuple[str, dict[str, int]]:
+    body = b"".join(part.body.data for part in parts).decode()
+    *events, done, _ = body.split("\n\n")
+    assert done == "data: [DONE]"
+    chunks = [json.loads(event[6:]) for event in events]
+    texts = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1]]
+    return "".join(texts), chunks[-1]["usage"]
+
+
+LONG: dict[str, Any] = {
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "seed": 11,
+    "max_tokens": 300,
+    "ignore_eos": True,
+}
+
+
+@pytest.fixture(scope="module")
+def expected(peers: Peers) -> tuple[str, dict[str, int]]:
+    """The answer to LONG of an engine that lives."""
+    return _text(list(peers.ask(**LONG)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_engine_that_ends_in_the_middle(
+    peers: Peers, expected: tuple[str, dict[str, int]], number: signal.Signals
+) -> None:
+    """The only engine is killed or shut down and comes back: the client gets the text of an engine that lived, once."""
+    call = peers.ask(**LONG)
     parts = [next(call)]
-    peers.engine_process.send_signal(signal.SIGKILL)
+    peers.restart("engine", number)
+    parts.extend(call)
+    text, usage = _text(parts)
+    assert text == expected[0]
+    assert usage["completion_tokens"] == expected[1]["completion_tokens"] == 300
+    wait_for(peers.idle, "nothing is left")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_coordinator_that_ends_in_the_middle(
+    peers: Peers, expected: tuple[str, dict[str, int]], number: signal.Signals
+) -> None:
+    """A stream goes on, the next coordinator learns of its lease, and a request that comes meanwhile waits for it."""
+    call = peers.ask(**LONG)
+    parts = [next(call)]
+    peers.restart("coordinator", number)
+    (second,) = [json.loads(part.body.data) for part in peers.ask(max_tokens=3)]
+    assert second["usage"]["completion_tokens"] == 3
+    parts.extend(call)
+    assert _text(parts)[0] == expected[0]
+    wait_for(peers.idle, "nothing is left")
+
+
+def test_a_coordinator_that_came_later_knows_what_runs(peers: Peers) -> None:
+    """It has learned the lease of a stream that began before it did, and can end it."""
+    call = peers.ask(**LONG | {"max_tokens": 1900})
+    parts = [next(call)]
+    peers.restart("coordinator", signal.SIGKILL)
+    listed = peers.coordinator.ListInflight
+
+    def running() -> Any:
+        return listed(coordinator_pb.ListInflightRequest(), wait_for_ready=True).requests
+
+    (request,) = wait_for(running, "the coordinator has learned it")
+    assert request.phase == coordinator_pb.INFLIGHT_PHASE_RUNNING
+    peers.inference.CancelRequest(inference_pb.CancelRequestRequest(request_id=request.request_id))
     with pytest.raises(grpc.RpcError) as caught:
-        # What came before the error stays in the list.
         parts.extend(call)
-    body = b"".join(part.body.data for part in parts)
     error: Any = caught.value
-    assert error.code() is grpc.StatusCode.UNAVAILABLE
-    assert json.loads(body.strip().split(b"\n\n")[-1][6:])["error"]["code"] == "engine_lost"
-    leases = peers.coordinator.ListInflight
-    wait_for(lambda: not leases(coordinator_pb.ListInflightRequest()).requests, "the lease is free")
+    assert error.code() is grpc.StatusCode.CANCELLED
+    wait_for(peers.idle, "nothing is left")
+
+
+def test_an_engine_that_is_drained_and_put_back(
+    peers: Peers, expected: tuple[str, dict[str, int]]
+) -> None:
+    """What runs on it waits in front of the queue, and goes on where it was, on the same life of the engine."""
+    call = peers.ask(**LONG)
+    parts = [next(call)]
+    drain = coordinator_pb.DrainEngineRequest(engine_id="engine-0")
+    drain.grace.FromMilliseconds(0)
+    peers.coordinator.DrainEngine(drain)
+    listed = peers.coordinator.ListInflight
+
+    def waiting() -> bool:
+        requests = listed(coordinator_pb.ListInflightRequest()).requests
+        return [request.phase for request in requests] == [coordinator_pb.INFLIGHT_PHASE_QUEUED]
+
+    wait_for(waiting, "the request waits")
+    peers.coordinator.UndrainEngine(coordinator_pb.UndrainEngineRequest(engine_id="engine-0"))
+    parts.extend(call)
+    assert _text(parts)[0] == expected[0]
+    wait_for(peers.idle, "nothing is left")
+
+
+def test_an_engine_that_stands_still(peers: Peers, expected: tuple[str, dict[str, int]]) -> None:
+    """Its connections stay open and nothing comes: after a second of silence another engine goes on with the same text."""
+    spare = peers.start(
+        "engine",
+        CARAVAN_ENGINE_ID="engine-1",
+        CARAVAN_ENGINE_ADDRESS=f"127.0.0.1:{free_port()}",
+        CARAVAN_ENGINE_METRICS_ADDRESS=f"127.0.0.1:{free_port()}",
+    )
+    engines = {"engine-0": peers.processes["engine"], "engine-1": spare}
+    wait_for(lambda: peers.ready_engines() == 2, "both engines joined", 60)
+    call = peers.ask(**LONG)
+    parts = [next(call)]
+    leases = peers.coordinator.ListInflight(coordinator_pb.ListInflightRequest()).requests
+    stopped = engines[leases[0].engine_id]
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        parts.extend(call)
+        assert _text(parts)[0] == expected[0]
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+        spare.kill()
+    wait_for(lambda: peers.ready_engines() == 1, "one engine is left")
+    wait_for(peers.idle, "nothing is left")

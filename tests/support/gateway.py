@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -58,6 +58,13 @@ class Rig:
         labels = {"api": api, "outcome": outcome}
         return self.registry.get_sample_value("caravan_requests_total", labels) or 0.0
 
+    def migrations(self, reason: str, result: str) -> float:
+        """Moves to another engine for this reason that went so."""
+        labels = {"reason": reason, "result": result}
+        value = self.registry.get_sample_value("caravan_migrations_total", labels)
+        assert value is not None
+        return value
+
     async def serving(self) -> bool:
         """What the health check says."""
         answer = await self.health.Check(health_pb2.HealthCheckRequest(service=""))
@@ -71,7 +78,7 @@ class Rig:
                     len(self.gateway.sessions)
                     or len(self.gateway.background)
                     or self.coordinator.held
-                    or self.engine.running
+                    or any(engine.running for engine in self.coordinator.engines)
                 )
             )
         )
@@ -93,14 +100,19 @@ async def until_serving(rig: Rig, serving: bool) -> None:
 
 @asynccontextmanager
 async def running(
-    *script: Step, tracing: Tracing | None = None, interval_ms: int = 2_000, **settings: Any
+    *script: Step,
+    engines: Sequence[FakeEngine] = (),
+    tracing: Tracing | None = None,
+    interval_ms: int = 2_000,
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
-    """A gateway with one engine that plays `script`."""
+    """A gateway with these engines, or with one that plays `script`."""
     async with AsyncExitStack() as stack:
-        engine = FakeEngine(script or ANSWER)
-        await engine.start()
-        stack.push_async_callback(engine.kill)
-        coordinator = FakeCoordinator([engine], interval_ms=interval_ms)
+        peers = list(engines) or [FakeEngine(script or ANSWER)]
+        for engine in peers:
+            await engine.start()
+            stack.push_async_callback(engine.kill)
+        coordinator = FakeCoordinator(peers, interval_ms=interval_ms)
         port = await coordinator.server.start()
         stack.push_async_callback(coordinator.server.grpc.stop, 0)
         registry = CollectorRegistry()
@@ -119,7 +131,7 @@ async def running(
         stack.push_async_callback(gateway.stop)
         channel = open_channel(f"127.0.0.1:{gateway_port}")
         stack.push_async_callback(channel.close)
-        rig = Rig(gateway, coordinator, engine, channel, registry)
+        rig = Rig(gateway, coordinator, peers[0], channel, registry)
         await until_serving(rig, serving=True)
         yield rig
 

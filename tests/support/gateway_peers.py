@@ -19,6 +19,7 @@ from services.runtime.server import ServiceServer
 
 Event = engine_pb.GenerateResponse
 KEY = bytes(range(32))
+_LIVES = itertools.count(1)
 Step = Event | CaravanError | Callable[[], Awaitable[None]]
 
 
@@ -64,6 +65,7 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
         self.metadata: list[dict[str, str]] = []
         self.cancelled: list[str] = []
         self.running = 0
+        self.incarnation = f"life-{next(_LIVES)}"
         self.server = ServiceServer(address, [], 0.0)
         engine_grpc.add_EngineServiceServicer_to_server(self, self.server.services)
         self.address = ""
@@ -161,10 +163,16 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     silent: bool = False
     deaf: bool = False
     interval_ms: int = 2_000
+    address: str = "127.0.0.1:0"
+    idempotent: bool = True
+    serving_model: str = ""
+    engine_came: asyncio.Event = field(default_factory=asyncio.Event)
+    finish_keys: list[bytes] = field(default_factory=list)
+    joins: list[coordinator_pb.JoinGatewayRequest] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
-        self.server = ServiceServer("127.0.0.1:0", [], 0.0)
+        self.server = ServiceServer(self.address, [], 0.0)
         coordinator_grpc.add_CoordinatorServiceServicer_to_server(self, self.server.services)
 
     @property
@@ -183,6 +191,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     async def JoinGateway(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         """Welcomes, and answers every beat unless it is silent."""
         first = await anext(requests)
+        self.joins.append(first)
         self.joined.append(first.gateway_id)
         if self.deaf:
             await hang()
@@ -209,21 +218,42 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
             await step()
         if request.gateway_id not in self.known:
             raise CaravanError("SESSION_UNKNOWN", "?", session_id=request.gateway_id)
+        if request.request_id in {self.grants[lease_id] for lease_id in self.held}:
+            raise CaravanError("DUPLICATE_REQUEST", "?", request_id=request.request_id)
         number = next(self._numbers)
-        engine = self.engines[(number - 1) % len(self.engines)]
+        engine = await self._choose(number, request)
         lease_id = f"lease-{number}"
         self.grants[lease_id] = request.request_id
         return coordinator_pb.RouteResponse(
             lease=coordinator_pb.Lease(
-                lease_id=lease_id, engine_id=f"engine-{number}", address=engine.address
-            )
+                lease_id=lease_id,
+                engine_id=f"engine-{number}",
+                address=engine.address,
+                incarnation=engine.incarnation,
+            ),
+            model=self.serving_model or request.model,
+            idempotent=self.idempotent,
         )
+
+    async def _choose(self, number: int, request: coordinator_pb.RouteRequest) -> FakeEngine:
+        """The engines in turn, but for those that the request avoids; it waits while there is no other."""
+        while True:
+            allowed = [e for e in self.engines if e.incarnation not in request.avoid_incarnations]
+            if allowed:
+                return allowed[(number - 1) % len(allowed)]
+            await self.engine_came.wait()
+
+    def engine_joined(self, engine: FakeEngine) -> None:
+        """One more engine, or a new life of one."""
+        self.engines.append(engine)
+        self.engine_came.set()
 
     async def Release(self, request: Any, context: Any) -> Any:
         """Notes the release."""
         if self.hold_release is not None:
             await self.hold_release()
         self.releases.append((request.lease_id, request.outcome))
+        self.finish_keys.append(request.finish_key)
         return coordinator_pb.ReleaseResponse(released=True)
 
     async def Cancel(self, request: Any, context: Any) -> Any:
@@ -266,5 +296,13 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         raise AssertionError("not called by gateways")
 
     async def DescribeQueue(self, request: Any, context: Any) -> Any:
+        """Asked by operators only."""
+        raise AssertionError("not called by gateways")
+
+    async def DrainEngine(self, request: Any, context: Any) -> Any:
+        """Asked by operators only."""
+        raise AssertionError("not called by gateways")
+
+    async def UndrainEngine(self, request: Any, context: Any) -> Any:
         """Asked by operators only."""
         raise AssertionError("not called by gateways")

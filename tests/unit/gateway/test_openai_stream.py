@@ -12,7 +12,7 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.openai_answer import AnswerHead
+from services.gateway.openai_answer import AnswerHead, Served
 from services.gateway.openai_plain import PlainAnswer
 from services.gateway.openai_request import parse_chat, parse_completion
 from services.gateway.openai_stream import DONE, KEEPALIVE, error_event, open_stream
@@ -20,6 +20,7 @@ from services.gateway.requests import InferenceRequest
 from services.runtime.errors import CaravanError
 
 HEAD = AnswerHead("req-7", "demo", 1_700_000_000)
+SERVED = Served("engine-1", "demo")
 STOP = generation_pb2.FINISH_REASON_STOP
 PREFIX = '"created":1700000000,"model":"demo","system_fingerprint":"caravan-1","choices":'
 
@@ -60,9 +61,7 @@ def _events(body: bytes) -> list[dict[str, Any]]:
 
 def _stream(request: InferenceRequest, *deltas: engine_pb.Delta) -> list[dict[str, Any]]:
     stream = open_stream(request, HEAD)
-    return _events(
-        b"".join(stream.delta(d) for d in deltas) + stream.finished(_finished(), "engine-1")
-    )
+    return _events(b"".join(stream.delta(d) for d in deltas) + stream.finished(_finished(), SERVED))
 
 
 def test_chat_stream_golden() -> None:
@@ -74,7 +73,7 @@ def test_chat_stream_golden() -> None:
         f'{start}[{{"index":0,"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}\n\n'
         f'{start}[{{"index":0,"delta":{{"content":"Hi"}},"logprobs":null,"finish_reason":null}}]}}\n\n'
     )
-    assert stream.finished(_finished(), "engine-1").decode() == (
+    assert stream.finished(_finished(), SERVED).decode() == (
         f'{start}[{{"index":0,"delta":{{}},"logprobs":null,"finish_reason":"stop"}}]}}\n\n'
         "data: [DONE]\n\n"
     )
@@ -87,7 +86,7 @@ def test_completion_stream_golden() -> None:
     assert stream.delta(engine_pb.Delta(text="Hi")).decode() == (
         f'{start}[{{"text":"Hi","index":0,"logprobs":null,"finish_reason":null}}]}}\n\n'
     )
-    assert stream.finished(_finished(), "engine-1").decode() == (
+    assert stream.finished(_finished(), SERVED).decode() == (
         f'{start}[{{"text":"","index":0,"logprobs":null,"finish_reason":"stop"}}]}}\n\n'
         "data: [DONE]\n\n"
     )
@@ -226,9 +225,9 @@ def test_keepalive_is_a_comment() -> None:
 )
 def test_finish_reasons(reason: generation_pb2.FinishReason.ValueType, word: str) -> None:
     """The words of the OpenAI API, in both forms of answer."""
-    plain = json.loads(PlainAnswer(_chat(), HEAD).finished(_finished(reason), "engine-1"))
+    plain = json.loads(PlainAnswer(_chat(), HEAD).finished(_finished(reason), SERVED))
     assert plain["choices"][0]["finish_reason"] == word
-    body = open_stream(_chat(stream=True), HEAD).finished(_finished(reason), "engine-1")
+    body = open_stream(_chat(stream=True), HEAD).finished(_finished(reason), SERVED)
     assert _events(body)[-1]["choices"][0]["finish_reason"] == word
 
 
@@ -237,9 +236,9 @@ def test_a_cancelled_answer_is_an_error(make: Any) -> None:
     """The OpenAI API has no word for it."""
     finished = _finished(generation_pb2.FINISH_REASON_CANCELLED)
     with pytest.raises(CaravanError, match="cancelled"):
-        PlainAnswer(make(), HEAD).finished(finished, "engine-1")
+        PlainAnswer(make(), HEAD).finished(finished, SERVED)
     with pytest.raises(CaravanError, match="cancelled"):
-        open_stream(make(stream=True), HEAD).finished(finished, "engine-1")
+        open_stream(make(stream=True), HEAD).finished(finished, SERVED)
 
 
 def test_plain_chat() -> None:
@@ -247,7 +246,7 @@ def test_plain_chat() -> None:
     answer = PlainAnswer(_chat(), HEAD)
     answer.delta(engine_pb.Delta(text="Hi "))
     answer.delta(engine_pb.Delta(text="you"))
-    assert json.loads(answer.finished(_finished(), "engine-1")) == {
+    assert json.loads(answer.finished(_finished(), SERVED)) == {
         "id": "chatcmpl-7",
         "object": "chat.completion",
         "created": 1_700_000_000,
@@ -283,7 +282,7 @@ def test_plain_tool_calls() -> None:
                 ]
             )
         )
-    message = json.loads(answer.finished(_finished(), "engine-1"))["choices"][0]["message"]
+    message = json.loads(answer.finished(_finished(), SERVED))["choices"][0]["message"]
     assert message["content"] is None
     assert [call["function"] for call in message["tool_calls"]] == [
         {"name": "f0", "arguments": "{}"},
@@ -300,8 +299,8 @@ def test_plain_logprobs() -> None:
     )
     chat.delta(delta)
     completion.delta(delta)
-    shown = json.loads(chat.finished(_finished(), "engine-1"))["choices"][0]["logprobs"]["content"]
+    shown = json.loads(chat.finished(_finished(), SERVED))["choices"][0]["logprobs"]["content"]
     assert [token["token"] for token in shown] == ["a", "b"]
-    older = json.loads(completion.finished(_finished(), "engine-1"))["choices"][0]
+    older = json.loads(completion.finished(_finished(), SERVED))["choices"][0]
     assert older["text"] == "ab"
     assert older["logprobs"]["text_offset"] == [0, 1]

@@ -8,6 +8,7 @@ import os
 import sys
 
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc
+from caravan.coordinator.v1.coordinator_service_pb2 import EngineRegistration
 from caravan.engine.v1 import engine_service_pb2, engine_service_pb2_grpc
 
 from services.engine.block_cache import BlockCache, check_roots
@@ -31,6 +32,8 @@ _LOG = logging.getLogger("engine")
 _SERVICE = engine_service_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 _RETRY_AFTER_S = 1.0
 _STEP_PATIENCE_S = 5.0
+# Calls that are no requests, such as those of engines that fetch blocks, get this long to end.
+_LAST_CALLS_S = 1.0
 # What was saved last is still to be written when an engine stops.
 _WRITE_PATIENCE_S = 5.0
 
@@ -48,19 +51,21 @@ def build_engine(settings: EngineSettings, metrics: EngineMetrics) -> Engine:
             "CARAVAN_ENGINE_BATCH_TOKENS must be at least CARAVAN_ENGINE_MAX_SEQUENCES and "
             "CARAVAN_ENGINE_CHUNK_TOKENS together"
         )
+    if settings.finish_s > settings.drain_grace_s:
+        raise SettingsError("CARAVAN_ENGINE_DRAIN_FINISH_S must be at most CARAVAN_DRAIN_GRACE_S")
     decoder = Decoder(
         load_model, limits(settings), Mailbox(asyncio.get_running_loop()), clock, metrics
     )
     metrics.watch(decoder)
     return Engine(
-        Identity(settings.engine_id, model.name, model.path),
+        Identity(settings.engine_id, random_id("life"), model.name, model.path, settings.revision),
         decoder,
         InflightTable(model.name, settings.max_sequences + settings.max_waiting, _RETRY_AFTER_S),
         clock=clock,
-        new_id=random_id,
         new_seed=random_seed,
         template_seconds=settings.template_seconds,
         kv_min_tokens=settings.kv_min_tokens,
+        progress_s=settings.progress_s,
     )
 
 
@@ -84,12 +89,25 @@ async def _join(settings: EngineSettings, engine: Engine, address: str) -> None:
         membership = Membership(
             coordinator_service_pb2_grpc.CoordinatorServiceStub(channel),
             engine,
-            settings.engine_id,
-            address,
+            EngineRegistration(
+                engine_id=engine.identity.engine_id,
+                address=address,
+                incarnation=engine.identity.incarnation,
+                revision=engine.identity.revision,
+            ),
             _share,
         )
         engine.on_change = membership.changed
         await membership.run()
+
+
+async def _empty(engine: Engine, settings: EngineSettings) -> None:
+    """Lets requests finish, has others go on with those that take longer, and waits until all calls have ended."""
+    engine.drain(settings.finish_s, for_good=True)
+    if not await engine.emptied(settings.drain_grace_s):
+        _LOG.warning("%d requests did not end in time", engine.inflight.depth)
+        engine.abandon()
+        await engine.emptied(_LAST_CALLS_S)
 
 
 async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None) -> int:
@@ -98,8 +116,8 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
     tracing = open_tracing("engine", settings.otlp_endpoint)
     engine = build_engine(settings, metrics)
     await check_roots(settings, random_id)
-    server = ServiceServer(settings.address, [_SERVICE], settings.drain_grace_s)
-    servicer = EngineServicer(engine, SystemClock(), tracing)
+    server = ServiceServer(settings.address, [_SERVICE], _LAST_CALLS_S)
+    servicer = EngineServicer(engine, tracing)
     engine_service_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     start_metrics(settings.metrics_address, metrics.registry)
@@ -110,9 +128,16 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
 
     def ready() -> None:
         _LOG.info("serving %s: %s", settings.model.name, engine.model().description)
-        serving.add(asyncio.ensure_future(server.set_serving(True)))
 
+    def tell_health(takes_requests: bool) -> None:
+        telling = asyncio.ensure_future(server.set_serving(takes_requests))
+        serving.add(telling)
+        telling.add_done_callback(serving.discard)
+
+    stopping = stopping or asyncio.Event()
     engine.on_ready = ready
+    engine.on_serving = tell_health
+    engine.on_stopped = stopping.set
     if settings.coordinator:
         background.append(asyncio.create_task(_join(settings, engine, address)))
     engine.start()
@@ -121,7 +146,8 @@ async def serve(settings: EngineSettings, stopping: asyncio.Event | None = None)
     try:
         await wait_for_stop(stopping)
         _LOG.info("draining for at most %g s", settings.drain_grace_s)
-        engine.drain()
+        server.drain()
+        await _empty(engine, settings)
         await server.drain_and_stop()
     finally:
         await cancel_all([*background, *serving])

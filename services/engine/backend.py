@@ -28,7 +28,10 @@ class Batch:
 
 
 class CacheSupport(IntEnum):
-    """How the KV state of a model can be cached; the numbers are those of engine.v1.CacheSupport."""
+    """How the KV state of a model can be cached; the numbers are those of engine.v1.CacheSupport.
+
+    WHOLE: the state of a sequence can be had and restored only as a whole, at the length that it has.
+    """
 
     BLOCKS = 1
     WHOLE = 2
@@ -119,6 +122,13 @@ class TokenSampler(Protocol):
         """
         ...
 
+    def resume(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens of the answer that were chosen elsewhere; before the first `choose`.
+
+        Raises INVALID_VALUE where they could not have been chosen.
+        """
+        ...
+
     def close(self) -> None:
         """Frees it."""
         ...
@@ -166,14 +176,18 @@ class Backend(Protocol):
         ...
 
     def pack(self, slot: int, start: int, end: int) -> memoryview:
-        """The state of tokens [start, end) of a sequence, in memory of its own. Raises StateError."""
+        """The state of tokens [start, end) of a sequence, in memory of its own. Raises StateError.
+
+        A state that cannot be cut is packed from 0 to the end of what the sequence holds.
+        """
         ...
 
     def join(self, slot: int, state: memoryview, start: int, end: int, whole_end: int) -> None:
         """Restores tokens [start, end) of a sequence, which holds exactly those before `start`.
 
         `state` was packed from a sequence with the same tokens; it holds those from `start` or earlier to `whole_end`.
-        Takes free cells for all of the state while it runs. Raises StateError.
+        Takes free cells for all of the state while it runs. A state that cannot be cut is joined to an empty sequence, with
+        `start` 0 and `end` as `whole_end`. Raises StateError.
         """
         ...
 

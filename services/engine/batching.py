@@ -23,7 +23,8 @@ class Limits:
     sequences prefill than decode: it bounds inter-token time. Prefixes shorter than `min_shared` are not shared, prompts
     shorter than it are computed in one piece. At most `residents` finished sequences stay, in at most `resident_cells`;
     one that was computed while twice that many cells were in use does not: llama.cpp fills cells from the front, and every
-    step of others costs time for all cells up to the last one in use.
+    step of others costs time for all cells up to the last one in use. With `whole_states`, state cannot be cut: a sequence
+    goes on only from exactly what another one holds.
     """
 
     max_sequences: int
@@ -37,6 +38,7 @@ class Limits:
     resident_cells: int = 0
     session_s: float = 600.0
     swap_bytes: int = 0
+    whole_states: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_tokens < self.block_tokens:

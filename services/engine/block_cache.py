@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -90,7 +90,7 @@ class BlockCache:
                 namespace = Namespace(
                     await asyncio.to_thread(self._fingerprint),
                     quant_byte(facts.quant),
-                    context_hash(facts.context_identity),
+                    context_hash(_state_identity(facts)),
                 )
                 self._cache = await open_store(
                     kv_config(self._settings, self._address),
@@ -98,6 +98,7 @@ class BlockCache:
                     self._clock,
                     self._new_id,
                     self._jitter,
+                    whole_states=facts.cache_support is CacheSupport.WHOLE,
                 )
                 self._engine.attach(self._cache.store)
         except (OSError, RootError) as error:
@@ -106,7 +107,7 @@ class BlockCache:
             self.opened.set()
 
     def _wanted(self, facts: ModelFacts) -> bool:
-        if facts.cache_support is not CacheSupport.BLOCKS:
+        if facts.cache_support is CacheSupport.OFF:
             _LOG.warning("the KV cache stays off: %s", facts.cache_note)
             return False
         return bool(self._settings.cache or self._settings.kv_ram_bytes)
@@ -123,3 +124,10 @@ class BlockCache:
         return file_fingerprint(
             Path(path), disks[0] / _MEMORY_NAME if disks else None, self._new_id
         )
+
+
+def _state_identity(facts: ModelFacts) -> Mapping[str, str]:
+    """What the state depends on. A file with a whole state is never taken for one with a block."""
+    if facts.cache_support is CacheSupport.WHOLE:
+        return {**facts.context_identity, "state": "whole"}
+    return facts.context_identity

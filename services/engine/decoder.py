@@ -9,10 +9,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from caravan.core.v1 import generation_pb2
 
+from services.engine import refusals
+from services.engine.answer import LENGTH
 from services.engine.backend import Backend, DecodeError, Loader, ModelError, Progress
 from services.engine.batching import Limits, Step
 from services.engine.inflight import RequestPhase
@@ -21,48 +22,21 @@ from services.engine.job_memory import JobMemory
 from services.engine.kv.keys import BLOCK_TOKENS
 from services.engine.kv.store import BlockStore, SaveReason
 from services.engine.mailbox import Mailbox
+from services.engine.observer import StepObserver
 from services.engine.sampling import logprobs
 from services.engine.scheduler import QueueFullError, Scheduler, TooLargeError
-from services.engine.tool_calls import Parsed
 from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
 
 _LOG = logging.getLogger(__name__)
 _NO_CELLS = 1
-STOP = generation_pb2.FINISH_REASON_STOP
-LENGTH = generation_pb2.FINISH_REASON_LENGTH
-TOOL_CALLS = generation_pb2.FINISH_REASON_TOOL_CALLS
 CANCELLED = generation_pb2.FINISH_REASON_CANCELLED
 
 Command = Callable[[], None]
 
 
-class StepObserver(Protocol):
-    """Told of every step, on the decode thread; must be quick."""
-
-    def stepped(self, seconds: float, prefill_tokens: int, generated_tokens: int) -> None:
-        """A batch was decoded."""
-        ...
-
-    def admitted(self, job: Job, queue_s: float) -> None:
-        """A request left the queue; what it reuses is known."""
-        ...
-
-    def restored(self, seconds: float) -> None:
-        """A piece of saved state was joined."""
-        ...
-
-    def refused(self) -> None:
-        """llama.cpp did not take a piece of saved state."""
-        ...
-
-    def packed(self, seconds: float, reason: SaveReason) -> None:
-        """A block was packed to be saved."""
-        ...
-
-
 class Decoder:
-    """Runs jobs. `submit`, `cancel`, `attach`, `end_session` and `stop` may be called from any thread."""
+    """Runs jobs. `submit`, `cancel`, `attach`, `end_session`, `hand_over` and `stop` may be called from any thread."""
 
     def __init__(
         self,
@@ -88,6 +62,8 @@ class Decoder:
         self.on_failed: Callable[[Exception], None] = lambda _error: None
         self.on_phase: Callable[[object], None] = lambda _busy: None
         self.generated = 0
+        self.rounds = 0
+        """How often the thread went round its loop: while this stands still, it sleeps or is stuck."""
         self.last_hit: tuple[generation_pb2.CacheHit.ValueType, int] = (
             generation_pb2.CACHE_HIT_UNSPECIFIED,
             0,
@@ -121,6 +97,10 @@ class Decoder:
         """Lets go of what is kept in cells for a session; `told` hears on the loop whether there was something."""
         self._inbox.put(lambda: self._mailbox.post(told, self.scheduler.end_session(session_id)))
 
+    def hand_over(self, error: CaravanError) -> None:
+        """Ends all jobs with this error, after the tokens that they have; what they computed is saved for whoever goes on."""
+        self._inbox.put(lambda: self._hand_over(error))
+
     def stop(self) -> None:
         """Ends the thread after the step that runs; jobs that are left end as cancelled."""
         self._inbox.put(self._stop)
@@ -153,7 +133,7 @@ class Decoder:
             _LOG.exception("the decode thread ends")
             self._tell(self.on_failed, error)
             for job in self.scheduler.owners():
-                self._fail(job, _defect())
+                self._fail(job, refusals.defect())
         finally:
             self._mailbox.flush()
             backend.close()
@@ -170,6 +150,7 @@ class Decoder:
     def _loop(self) -> None:
         while not self._stopping:
             self._take_inbox()
+            self.rounds += 1
             step = self.scheduler.plan(self._clock.monotonic())
             if step is not None:
                 try:
@@ -177,7 +158,7 @@ class Decoder:
                 except Exception:
                     # A defect must not end the engine: the requests of this step fail, the others go on.
                     _LOG.exception("a step failed")
-                    self._fail_step(step, _defect())
+                    self._fail_step(step, refusals.defect())
             self._watch_phase()
             # Tokens go out first; saving is nobody's wait.
             self._mailbox.flush()
@@ -208,25 +189,44 @@ class Decoder:
     def _submit(self, job: Job) -> None:
         if job.ended:
             return
+        if job.work.resumed:
+            self._observer.resumed()
         try:
+            if job.answer.reason is not None:
+                # What the engine before produced is the whole answer.
+                self._finish(job, job.answer.reason)
+                return
             if not job.work.sampling.greedy:
                 job.sampler = self._backend.sampler(job.work.sampling)
+                job.sampler.resume(job.work.resumed)
             self.scheduler.submit(job.sequence, self._clock.monotonic())
         except QueueFullError:
-            self._fail(
-                job, CaravanError("CAPACITY_EXHAUSTED", "The engine is full.", retry_after_s=1)
-            )
+            self._fail(job, refusals.full())
         except TooLargeError:
-            self._fail(job, _too_large(job, self.scheduler.limits.cells))
+            self._fail(job, refusals.too_large(job.work, self.scheduler.limits.cells))
         except CaravanError as error:
             self._fail(job, error)
         except Exception:
             _LOG.exception("a request could not be submitted")
-            self._fail(job, _defect())
+            self._fail(job, refusals.defect())
 
     def _cancel(self, job: Job) -> None:
         if not job.ended:
-            self._complete(job, CANCELLED)
+            text, calls = job.answer.flush()
+            if text or calls:
+                self._mailbox.post(job.inflight.outbox.add, None, text, calls, None)
+            self._finish(job, CANCELLED)
+
+    def _hand_over(self, error: CaravanError) -> None:
+        jobs = self.scheduler.owners()
+        for job in jobs:
+            self._memory.finish(job, SaveReason.SHUTDOWN)
+        self._observer.moved(len(jobs))
+        # Packed before anybody is told: whoever goes on finds the blocks saved, or on their way.
+        self._memory.save_all()
+        for job in jobs:
+            self._release(job, keep=True)
+            self._mailbox.post(job.inflight.outbox.fail, error)
 
     def _run(self, step: Step[Job]) -> None:
         started = self._clock.monotonic()
@@ -254,9 +254,7 @@ class Decoder:
                 self._mailbox.post(job.inflight.outbox.start, job.cached_tokens, job.cache_hit)
 
     def _decode_failed(self, step: Step[Job], error: DecodeError) -> None:
-        failure = CaravanError(
-            "DECODE_FAILED", "llama.cpp could not decode the batch.", code=str(error.code)
-        )
+        failure = refusals.decode_failed(error, "llama.cpp could not decode the batch.")
         _LOG.error("decode failed with code %d: %s", error.code, error)
         if error.code == _NO_CELLS:
             # Nothing was computed. The youngest goes, so that the others fit.
@@ -281,7 +279,7 @@ class Decoder:
         for output, sequence in enumerate(step.sampled):
             job = sequence.owner
             if job.work.max_tokens == 0:
-                self._complete(job, LENGTH)
+                self._finish(job, LENGTH)
                 continue
             if job.sampler is None:
                 token = likeliest[output]
@@ -289,7 +287,7 @@ class Decoder:
                 try:
                     token = job.sampler.choose(output, len(sequence.tokens))
                 except DecodeError as error:
-                    self._fail(job, CaravanError("DECODE_FAILED", str(error), code=str(error.code)))
+                    self._fail(job, refusals.decode_failed(error, str(error)))
                     continue
             scores = None
             if job.work.top_logprobs is not None:
@@ -306,35 +304,13 @@ class Decoder:
         return chosen
 
     def _accept(self, job: Job, token: int, scores: object) -> None:
-        inflight, work = job.inflight, job.work
-        inflight.completion_tokens += 1
-        vocabulary = self._backend.vocabulary
-        ended = token in vocabulary.eog_tokens and not work.ignore_eos
-        if job.push_plain is not None and not ended:
-            text = job.push_plain(vocabulary.token_bytes(token))
-            self._mailbox.post(inflight.outbox.add, token, text, (), scores)
-        else:
-            parsed = Parsed() if ended else job.answer.push(vocabulary.token_bytes(token))
-            self._mailbox.post(inflight.outbox.add, token, parsed.text, parsed.calls, scores)
-        if ended or job.answer.stop_text:
-            self._complete(job, STOP)
-        elif inflight.completion_tokens >= work.max_tokens:
-            self._complete(job, LENGTH)
-
-    def _complete(self, job: Job, reason: int) -> None:
-        self._flush_answer(job)
-        self._finish(job, reason)
-
-    def _flush_answer(self, job: Job) -> None:
-        rest = job.answer.flush()
-        if rest.text or rest.calls:
-            self._mailbox.post(job.inflight.outbox.add, None, rest.text, rest.calls, None)
+        text, calls = job.answer.take(token)
+        job.inflight.completion_tokens = job.answer.tokens
+        self._mailbox.post(job.inflight.outbox.add, token, text, calls, scores)
+        if job.answer.reason is not None:
+            self._finish(job, job.answer.reason)
 
     def _finish(self, job: Job, reason: int, save_reason: SaveReason = SaveReason.FINISH) -> None:
-        if reason == LENGTH and job.answer.stop_text:
-            reason = STOP
-        if reason == STOP and job.answer.called_tools:
-            reason = TOOL_CALLS
         self._memory.finish(job, save_reason)
         ending = job.ending(reason, self._clock.monotonic())
         self._mailbox.post(job.inflight.outbox.end, ending)
@@ -356,18 +332,3 @@ class Decoder:
 
 def _arrival(job: Job) -> float:
     return job.inflight.arrived
-
-
-def _defect() -> CaravanError:
-    return CaravanError("INTERNAL", "The engine failed; its log has the details.")
-
-
-def _too_large(job: Job, cells: int) -> CaravanError:
-    return CaravanError(
-        "CONTEXT_LENGTH_EXCEEDED",
-        f"The prompt of {len(job.work.prompt)} tokens with {job.work.max_tokens} tokens of answer does not fit into the "
-        f"{cells} cells of this engine.",
-        param="max_tokens",
-        prompt_tokens=str(len(job.work.prompt)),
-        context_tokens=str(cells),
-    )

@@ -4,55 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 from caravan.engine.v1 import engine_service_pb2 as pb
 
-from services.engine.answer import Answer
+from services.engine import refusals
 from services.engine.backend import Backend, ModelError, ModelFacts
 from services.engine.decoder import Decoder
+from services.engine.drain import Drain
+from services.engine.finding import Finder, Restorable
 from services.engine.inflight import Inflight, InflightTable
 from services.engine.job import Job, Work
-from services.engine.kv.keys import BLOCK_TOKENS
-from services.engine.kv.store import FoundBlock
 from services.engine.kv.tiered_store import TieredStore
+from services.engine.messages import inflight_request, model_info
+from services.engine.outbox import Outbox
 from services.engine.preparation import Preparation
+from services.engine.progress import ProgressTimer
 from services.engine.prompt import PromptTokenizer
 from services.engine.rate import Rate
-from services.engine.sequence import longest_common_prefix
 from services.engine.templates import ChatTemplate, TemplateFailedError
-from services.engine.text import StopMatcher
-from services.engine.tool_calls import ToolCallParser
-from services.runtime.clock import Clock, IdSource
-from services.runtime.errors import CaravanError
+from services.runtime.clock import Clock
+from services.runtime.server import cancel_all
 
 _LOG = logging.getLogger(__name__)
 
 _WORKERS = 2
-_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who the engine is."""
+    """Who the engine is. `incarnation` is the life of its process, `revision` the deployment's for which it was started."""
 
     engine_id: str
+    incarnation: str
     model_name: str
     model_path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Restorable:
-    """What the store has of a prompt, and the seconds that it took to find."""
-
-    blocks: Sequence[FoundBlock] = ()
-    seconds: float = 0.0
+    revision: str = ""
 
 
 class Engine:
-    """Lives on the event loop. `start` begins to load; `on_change` is called at each change of phase."""
+    """Lives on the event loop. `start` begins to load; `on_change` is called at each change of phase.
+
+    `on_serving` is told whether new requests are taken, and `on_stopped` is called when a drain is over that was to end the
+    process.
+    """
 
     def __init__(
         self,
@@ -61,18 +59,19 @@ class Engine:
         inflight: InflightTable,
         *,
         clock: Clock,
-        new_id: IdSource,
         new_seed: Callable[[], int],
         template_seconds: float,
         kv_min_tokens: int,
+        progress_s: float,
     ) -> None:
         self.identity = identity
         self.inflight = inflight
         self.on_change: Callable[[], None] = lambda: None
         self.on_ready: Callable[[], None] = lambda: None
+        self.on_serving: Callable[[bool], None] = lambda _serving: None
+        self.on_stopped: Callable[[], None] = lambda: None
         self._decoder = decoder
         self._clock = clock
-        self._new_id = new_id
         self._new_seed = new_seed
         self._template_seconds = template_seconds
         self._kv_min_tokens = kv_min_tokens
@@ -80,12 +79,16 @@ class Engine:
         self._preparation: Preparation | None = None
         self._progress = 0.0
         self._failure = ""
-        self._draining = False
+        self._drain = Drain(self._move)
+        self._ticking: asyncio.Task[None] | None = None
+        self._progress_s = progress_s
         self._jobs: dict[Inflight, Job] = {}
-        self._finding: dict[Inflight, asyncio.Future[list[FoundBlock]]] = {}
+        self._finder = Finder(clock, kv_min_tokens)
         self._store: TieredStore | None = None
         self._is_loaded = asyncio.Event()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="prepare")
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._rate = Rate()
 
     def start(self) -> None:
@@ -95,14 +98,57 @@ class Engine:
         self._decoder.on_failed = self._failed
         self._decoder.on_phase = self._phase_changed
         self._decoder.start()
+        if self._progress_s:
+            timer = ProgressTimer(self._progress_s, lambda: self._decoder.rounds, self._streams)
+            self._ticking = asyncio.create_task(timer.run())
 
-    def drain(self) -> None:
-        """Takes no new requests from now on."""
-        self._draining = True
+    def drain(self, grace_s: float, *, stop: bool = False, for_good: bool = False) -> None:
+        """Takes no new requests; those that still run after `grace_s` seconds end with DRAINING. With `stop`, `on_stopped` is
+        called when none is left. One drain `for_good` outlasts all others."""
+        self._drain.start(grace_s, stop=stop, for_good=for_good)
+        self.on_serving(False)  # noqa: FBT003 - there is nothing else that it could mean
         self.on_change()
+        self._look_for_end()
+
+    def undrain(self) -> None:
+        """Takes requests again."""
+        self._drain.undo()
+        self.on_serving(self._preparation is not None and not self._drain.draining)
+        self.on_change()
+
+    def _move(self) -> None:
+        """Ends what is left for another engine to go on with; what is still being prepared is refused by `submit`."""
+        self._finder.give_up_all()
+        if self._decoder.loaded:
+            self._decoder.hand_over(refusals.draining())
+
+    def abandon(self) -> None:
+        """Ends what is left without the decode thread, which did not end it."""
+        for row in self.inflight.oldest_first():
+            row.outbox.fail(refusals.draining())
+
+    async def emptied(self, timeout_s: float) -> bool:
+        """Waits until no request is in flight; False if one is left."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _look_for_end(self) -> None:
+        if self._drain.stop and not self.inflight.depth:
+            self.on_stopped()
+
+    def _streams(self) -> Iterator[tuple[Outbox, int]]:
+        for row in self.inflight.oldest_first():
+            job = self._jobs.get(row)
+            yield row.outbox, 0 if job is None else min(job.sequence.computed, row.prompt_tokens)
 
     async def stop(self, timeout_s: float) -> bool:
         """Ends the decode thread; False if a decode would not end in time."""
+        if self._ticking is not None:
+            await cancel_all([self._ticking])
         self._decoder.stop()
         self._workers.shutdown(wait=False, cancel_futures=True)
         return await asyncio.to_thread(self._decoder.join, timeout_s)
@@ -110,22 +156,15 @@ class Engine:
     def register(self, request_id: str) -> Inflight:
         """Admits a request to this engine. Raises DRAINING, MODEL_LOADING, MODEL_INVALID, or what the table refuses."""
         name = self.identity.model_name
-        if self._draining:
-            raise CaravanError("DRAINING", "The engine is shutting down.", retry_after_s=_RETRY_S)
+        if self._drain.draining:
+            raise refusals.draining()
         if self._failure:
-            raise CaravanError(
-                "MODEL_INVALID",
-                f"The model {name!r} could not be loaded: {self._failure}",
-                path=self.identity.model_path,
-            )
+            raise refusals.invalid_model(name, self.identity.model_path, self._failure)
         if self._preparation is None:
-            raise CaravanError(
-                "MODEL_LOADING",
-                f"The model {name!r} is still being loaded.",
-                retry_after_s=_RETRY_S,
-                model=name,
-            )
-        return self.inflight.register(request_id, self._clock.monotonic())
+            raise refusals.loading(name)
+        row = self.inflight.register(request_id, self._clock.monotonic())
+        self._empty.clear()
+        return row
 
     async def loaded(self) -> ModelFacts:
         """What the model is, once it is loaded; waits for ever if that fails."""
@@ -155,37 +194,19 @@ class Engine:
 
     async def find(self, row: Inflight, work: Work) -> Restorable:
         """What the store has of the prompt beyond what the cells hold or are about to. A cancel ends the search."""
-        cache, store = work.cache, self._store
-        if cache.chain is None or store is None or row.cancelled:
+        cache = work.cache
+        if cache.chain is None or self._store is None or row.cancelled:
             return Restorable()
-        held = longest_common_prefix(self._decoder.scheduler.known, cache.salt, work.prompt_array)
-        if len(work.prompt) - held <= self._kv_min_tokens:
-            return Restorable()
-        began = self._clock.monotonic()
-        finding = asyncio.ensure_future(
-            store.find(
-                work.prompt,
-                cache.chain.block_keys(),
-                held // BLOCK_TOKENS,
-                namespace=cache.chain.namespace,
-                parent_key=cache.parent_key,
-            )
-        )
-        self._finding[row] = finding
-        try:
-            await asyncio.wait([finding])
-            blocks = [] if finding.cancelled() else finding.result()
-        finally:
-            finding.cancel()
-            del self._finding[row]
-        return Restorable(blocks, self._clock.monotonic() - began)
+        held = self._decoder.scheduler.reusable(cache.salt, work.token_array)
+        return await self._finder.find(self._store, row, work, held)
 
     def submit(self, row: Inflight, work: Work, found: Restorable) -> None:
-        """Hands the work to the decode thread; events come in the row's outbox."""
-        row.prompt_tokens = len(work.prompt)
-        stops = StopMatcher(work.stops) if work.stops else None
-        tools = ToolCallParser(self._new_id) if work.parse_tools else None
-        job = Job(row, work, Answer(stops, tools), found.blocks, found.seconds)
+        """Hands the work to the decode thread; events come in the row's outbox. Raises DRAINING if it is too late for it."""
+        if self._drain.moving:
+            raise refusals.draining()
+        row.prompt_tokens = work.prompt_tokens
+        row.completion_tokens = work.answer.tokens
+        job = Job(row, work, found.blocks, found.seconds)
         self._jobs[row] = job
         self._decoder.submit(job)
         if row.cancelled:
@@ -197,8 +218,7 @@ class Engine:
         if row is None:
             return False
         row.cancelled = True
-        if row in self._finding:
-            self._finding[row].cancel()
+        self._finder.give_up(row)
         if row in self._jobs:
             self._decoder.cancel(self._jobs[row])
         return True
@@ -219,6 +239,9 @@ class Engine:
     def release(self, row: Inflight) -> None:
         """The call of the request has ended: its sequence is freed if it still runs."""
         self.inflight.unregister(row)
+        if not self.inflight.depth:
+            self._empty.set()
+            self._look_for_end()
         job = self._jobs.pop(row, None)
         if job is not None and not job.ended:
             self._decoder.cancel(job)
@@ -232,17 +255,7 @@ class Engine:
         """What the engine is; sizes are known once the model is loaded."""
         if self._backend is None:
             return pb.ModelInfo(name=self.identity.model_name)
-        facts = self._backend.facts
-        return pb.ModelInfo(
-            name=self.identity.model_name,
-            description=facts.description,
-            context_tokens=facts.context_tokens,
-            vocabulary_tokens=facts.vocabulary_tokens,
-            max_sequences=facts.max_sequences,
-            weight_bytes=facts.weight_bytes,
-            cache_support=facts.cache_support.value,  # type: ignore[arg-type]
-            cache_note=facts.cache_note,
-        )
+        return model_info(self.identity.model_name, self._backend.facts)
 
     def load(self) -> pb.EngineLoad:
         """What the engine does."""
@@ -265,10 +278,15 @@ class Engine:
             load.ram_bytes = self._store.ram_bytes
         return load
 
+    def requests(self, most: int | None = None) -> list[pb.InflightRequest]:
+        """The requests in flight, oldest first, at most `most`."""
+        now = self._clock.monotonic()
+        return [inflight_request(row, now) for row in islice(self.inflight.oldest_first(), most)]
+
     def _phase(self) -> pb.EnginePhase.ValueType:
         if self._failure:
             return pb.ENGINE_PHASE_FAILED
-        if self._draining:
+        if self._drain.draining:
             return pb.ENGINE_PHASE_DRAINING
         if self._preparation is None:
             return pb.ENGINE_PHASE_LOADING
@@ -302,6 +320,7 @@ class Engine:
         self._progress = 1.0
         self._is_loaded.set()
         self.on_ready()
+        self.on_serving(not self._drain.draining)
         self.on_change()
 
     def _failed(self, error: Exception) -> None:

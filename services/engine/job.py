@@ -42,19 +42,25 @@ class CacheUse:
 class Work:
     """A request that was validated, rendered and tokenized.
 
-    `max_tokens` is what the context leaves at most, 0 for a prompt that is only computed; `top_logprobs` is None for no log
-    probabilities. `prompt_array` is the prompt again, for comparing.
+    `tokens` are there before one is chosen: the prompt, `prompt_tokens` long, and what another engine has produced of the
+    answer. `token_array` is the same again, for comparing. `max_tokens` of answer is what the context leaves at most, 0 for a
+    prompt that is only computed. `answer` knows the part that is there already. `top_logprobs` is None for no log
+    probabilities.
     """
 
-    prompt: list[int]
-    prompt_array: TokenArray
+    tokens: list[int]
+    token_array: TokenArray
+    prompt_tokens: int
     max_tokens: int
     sampling: SamplingSpec
-    stops: tuple[str, ...]
-    ignore_eos: bool
+    answer: Answer
     top_logprobs: int | None
-    parse_tools: bool
     cache: CacheUse
+
+    @property
+    def resumed(self) -> list[int]:
+        """What another engine has produced of the answer."""
+        return self.tokens[self.prompt_tokens :]
 
 
 class Job:
@@ -70,7 +76,6 @@ class Job:
         "first_token_at",
         "inflight",
         "prefill_at",
-        "push_plain",
         "restore_s",
         "sampler",
         "saving",
@@ -82,31 +87,29 @@ class Job:
         self,
         inflight: Inflight,
         work: Work,
-        answer: Answer,
         found: Blocks[FoundBlock] = (),
         restore_s: float = 0.0,
     ) -> None:
         self.inflight = inflight
         self.work = work
-        self.answer = answer
-        self.push_plain = answer.push_plain if answer.plain else None
+        self.answer = work.answer
         self.sequence: Sequence[Job] = Sequence(
             self,
-            work.prompt,
-            work.max_tokens,
-            prompt_array=work.prompt_array,
+            work.tokens,
+            work.prompt_tokens + work.max_tokens - len(work.tokens),
+            prompt_array=work.token_array,
             sharable=work.cache.sharable,
             salt=work.cache.salt,
             session_id=work.cache.session_id,
         )
         self.sequence.pieces.extend(
-            Piece(block.start, block.end, block.whole_end, block.state, saved=True)
+            Piece(block.start, block.end, block.whole_end, block.state, block.key)
             for block in found
         )
         self.chain = work.cache.chain
         self.saving: Saving | None = None
         if self.chain is not None:
-            self.saving = Saving(self.chain, self.sequence.tokens, len(work.prompt))
+            self.saving = Saving(self.chain, self.sequence.tokens, len(work.tokens))
         self.sampler: TokenSampler | None = None
         self.prefill_at: float | None = None
         self.first_token_at: float | None = None
@@ -120,11 +123,11 @@ class Job:
         """The first batch with tokens of it begins: what was reused is known."""
         self.prefill_at = now
         sequence = self.sequence
-        self.cached_tokens = sequence.computed
+        self.cached_tokens = min(sequence.computed, self.work.prompt_tokens)
         if self.saving is not None:
             self.saving.reused = sequence.computed
         if sequence.restored_tokens:
-            whole = sequence.computed >= sequence.prompt_length - 1
+            whole = self.cached_tokens >= self.work.prompt_tokens - 1
             self.cache_hit = EXACT if whole else PARTIAL
         elif sequence.computed:
             self.cache_hit = RESIDENT
@@ -136,8 +139,8 @@ class Job:
         return Ending(
             reason=reason,
             stop_text=self.answer.stop_text,
-            prompt_tokens=len(self.work.prompt),
-            completion_tokens=self.inflight.completion_tokens,
+            prompt_tokens=self.work.prompt_tokens,
+            completion_tokens=self.answer.tokens,
             queue_s=prefill_at - self.inflight.arrived,
             prefill_s=first_token_at - prefill_at,
             decode_s=now - first_token_at,

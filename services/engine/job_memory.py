@@ -11,6 +11,7 @@ from services.engine.kv.keys import BLOCK_TOKENS
 from services.engine.kv.store import BlockStore, SaveReason
 from services.engine.saving import Saver
 from services.engine.sequence import Piece, Sequence
+from services.engine.whole_saving import WholeSaver
 from services.runtime.clock import Clock
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class JobMemory:
         self._backend = backend
         self._clock = clock
         self._observer = observer
+        self._store: BlockStore | None = None
         self._saver: Saver | None = None
+        self._whole_saver: WholeSaver[Job] | None = None
 
     # What the scheduler decides.
 
@@ -58,11 +61,18 @@ class JobMemory:
             self._saver.flush(slot)
         self._backend.clear(slot)
 
+    def prefilled(self, sequence: Sequence[Job]) -> None:
+        """A chunk of a prompt is computed: state that cannot be cut is saved now or never."""
+        if self._whole_saver is not None and sequence.owner.chain is not None:
+            self._whole_saver.prefilled(sequence, sequence.owner.chain)
+
     def pack(self, sequence: Sequence[Job], most_bytes: int) -> list[Piece]:
         """All that is computed, in blocks, so that the store may keep the same bytes."""
         facts = self._backend.facts
-        if facts.cache_support is not CacheSupport.BLOCKS:
+        if facts.cache_support is CacheSupport.OFF:
             return []
+        if facts.cache_support is CacheSupport.WHOLE:
+            return self._pack_whole(sequence, most_bytes)
         if sequence.computed * facts.cell_bytes > most_bytes:
             return []
         saving = sequence.owner.saving
@@ -71,13 +81,25 @@ class JobMemory:
             for start in range(0, sequence.computed, BLOCK_TOKENS):
                 end = min(start + BLOCK_TOKENS, sequence.computed)
                 state = self._backend.pack(sequence.slot, start, end)
-                pieces.append(Piece(start, end, end, state, saved=False))
+                pieces.append(Piece(start, end, end, state))
                 if saving is not None and self._saver is not None:
                     self._saver.keep(saving, start, end, state)
         except StateError as error:
             _LOG.warning("a sequence could not be packed: %s", error)
             return []
         return pieces
+
+    def _pack_whole(self, sequence: Sequence[Job], most_bytes: int) -> list[Piece]:
+        if most_bytes <= 0:
+            return []
+        # How large a state is that is not made of cells is known only once it is packed.
+        end = sequence.computed
+        try:
+            state = self._backend.pack(sequence.slot, 0, end)
+        except StateError as error:
+            _LOG.warning("a sequence could not be packed: %s", error)
+            return []
+        return [Piece(0, end, end, state)] if len(state) <= most_bytes else []
 
     def join(self, sequence: Sequence[Job], piece: Piece, end: int) -> bool:
         """Restores tokens up to `end`. A state that is refused is withdrawn from the store."""
@@ -87,23 +109,25 @@ class JobMemory:
         except StateError as error:
             _LOG.warning("a saved state was refused: %s", error)
             self._observer.refused()
-            self._withdraw(sequence.owner, piece)
+            if piece.saved and self._store is not None:
+                self._store.bad(piece.key)
             return False
         seconds = self._clock.monotonic() - began
         sequence.owner.restore_s += seconds
         self._observer.restored(seconds)
         return True
 
-    def _withdraw(self, job: Job, piece: Piece) -> None:
-        # Of a block that matched in part, the key is the store's; it stays, and the next one to meet it goes cold as well.
-        if piece.saved and piece.end == piece.whole_end and job.chain and self._saver:
-            self._saver.store.bad(job.chain.key(job.sequence.tokens, piece.end))
-
     # What jobs compute.
 
     def attach(self, store: BlockStore) -> None:
-        """From now on blocks are saved into this store."""
-        self._saver = Saver(self._backend, store, self._observer.packed, self._clock.monotonic)
+        """From now on blocks, or states that cannot be cut, are saved into this store."""
+        self._store = store
+        whole = self._backend.facts.cache_support is CacheSupport.WHOLE
+        packed, monotonic = self._observer.packed, self._clock.monotonic
+        if whole:
+            self._whole_saver = WholeSaver(self._backend, store, packed, monotonic)
+        else:
+            self._saver = Saver(self._backend, store, packed, monotonic)
 
     @property
     def saves_pending(self) -> bool:
@@ -117,13 +141,23 @@ class JobMemory:
 
     def finish(self, job: Job, reason: SaveReason) -> None:
         """Has all that is computed saved, and sets the finish key. A prompt that was left is kept up to its last whole
-        block."""
+        block.
+
+        The key promises nothing: blocks are packed later, and a queue that is full drops them.
+        """
         sequence, saving = job.sequence, job.saving
-        if self._saver is None or saving is None or sequence.slot < 0:
+        if saving is None or sequence.slot < 0:
             return
-        whole = sequence.computed >= sequence.prompt_length
-        self._saver.offer(saving, sequence.slot, sequence.computed, reason if whole else None)
-        if whole:
+        answered = sequence.computed >= sequence.prompt_length
+        kept = answered
+        if self._saver is not None:
+            last = reason if answered else None
+            self._saver.offer(saving, sequence.slot, sequence.computed, last)
+        elif self._whole_saver is not None:
+            kept = answered and self._whole_saver.finished(sequence, saving.chain, reason)
+        else:
+            return
+        if kept:
             job.finish_key = saving.chain.key(sequence.tokens, sequence.computed)
 
     def forget(self, job: Job) -> None:

@@ -10,31 +10,30 @@ from services.engine.kv.keys import BLOCK_TOKENS, Namespace
 class KeyChain:
     """The keys at block boundaries of one sequence, as far as its tokens were shown."""
 
-    __slots__ = ("_hasher", "_keys", "namespace")
+    __slots__ = ("_hashers", "namespace")
 
     def __init__(self, namespace: Namespace, tokens: Sequence[int]) -> None:
         self.namespace = namespace
-        self._hasher = namespace.hasher()
-        self._keys = [self._hasher.key()]
+        self._hashers = [namespace.hasher()]
+        """At 0, 256, 512, ... tokens."""
         self._feed(tokens, len(tokens))
 
     def block_keys(self) -> list[bytes]:
         """Keys at 256, 512, ... tokens."""
-        return self._keys[1:]
+        return [hasher.key() for hasher in self._hashers[1:]]
 
     def key(self, tokens: Sequence[int], end: int) -> bytes:
-        """Key of `tokens[:end]`; these begin with what was shown before, and `end` is not far before the last boundary."""
+        """Key of `tokens[:end]`; these begin with what was shown before."""
         self._feed(tokens, end)
         blocks, rest = divmod(end, BLOCK_TOKENS)
-        if not rest:
-            return self._keys[blocks]
-        if blocks + 1 != len(self._keys):
-            raise ValueError("only the key of the last, unfinished block can be made")
-        hasher = self._hasher.copy()
-        hasher.feed(tokens[end - rest : end])
+        hasher = self._hashers[blocks]
+        if rest:
+            hasher = hasher.copy()
+            hasher.feed(tokens[end - rest : end])
         return hasher.key()
 
     def _feed(self, tokens: Sequence[int], end: int) -> None:
-        for start in range(self._hasher.length, end - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-            self._hasher.feed(tokens[start : start + BLOCK_TOKENS])
-            self._keys.append(self._hasher.key())
+        for start in range(self._hashers[-1].length, end - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+            hasher = self._hashers[-1].copy()
+            hasher.feed(tokens[start : start + BLOCK_TOKENS])
+            self._hashers.append(hasher)

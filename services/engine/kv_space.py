@@ -22,6 +22,10 @@ class KvMemory(Protocol[Owner]):
         """Forgets a slot."""
         ...
 
+    def prefilled(self, sequence: Sequence[Owner]) -> None:
+        """A chunk of its prompt is computed: `sequence.computed` says how far. The next batch goes on from there."""
+        ...
+
     def pack(self, sequence: Sequence[Owner], most_bytes: int) -> list[Piece]:
         """The state of all computed tokens of a sequence; [] where it has more bytes, or cannot be packed."""
         ...
@@ -68,6 +72,10 @@ class KvSpace(Generic[Owner]):
         sequence.restored_tokens += end - sequence.computed if piece.saved else 0
         sequence.computed = end
         return True
+
+    def prefilled(self, sequence: Sequence[Owner]) -> None:
+        """A chunk of a prompt is computed."""
+        self._memory.prefilled(sequence)
 
     def pack(self, sequence: Sequence[Owner], most_bytes: int) -> list[Piece]:
         """The state of all computed tokens of a sequence."""

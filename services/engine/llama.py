@@ -8,12 +8,20 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import llama_cpp
 import numpy as np
 
-from services.engine.backend import Batch, DecodeError, Logits, ModelFacts, StateError
+from services.engine.backend import (
+    Batch,
+    CacheSupport,
+    DecodeError,
+    Logits,
+    ModelFacts,
+    StateError,
+)
 from services.engine.llama_sampler import LlamaSampler, check_grammar
 from services.engine.sampling import SamplingSpec
 
@@ -153,6 +161,10 @@ class LlamaBackend:
         """What the model is."""
         return self._facts
 
+    def limit_cache(self, support: CacheSupport, note: str) -> None:
+        """Its state cannot be cached as it seemed; `note` says why."""
+        self._facts = replace(self._facts, cache_support=support, cache_note=note)
+
     @property
     def vocabulary(self) -> LlamaVocabulary:
         """Its vocabulary."""
@@ -215,17 +227,24 @@ class LlamaBackend:
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, end)
 
     def pack(self, slot: int, start: int, end: int) -> memoryview:
-        """The state of tokens [start, end), which for a moment are a sequence of their own."""
+        """The state of tokens [start, end), which for a moment are a sequence of their own if the state can be cut."""
         self._check_thread()
+        if self._facts.cache_support is not CacheSupport.BLOCKS:
+            if start or end != self.held_positions(slot):
+                raise StateError("the state cannot be cut")
+            return self._state_of(slot)
         llama_cpp.llama_memory_seq_cp(self._memory, slot, self._scratch, start, end)
         try:
-            size = llama_cpp.llama_state_seq_get_size(self._context, self._scratch)
-            state = np.empty(size, np.uint8)
-            written = llama_cpp.llama_state_seq_get_data(
-                self._context, _bytes_pointer(state), size, self._scratch
-            )
+            return self._state_of(self._scratch)
         finally:
             self.clear(self._scratch)
+
+    def _state_of(self, sequence: int) -> memoryview:
+        size = llama_cpp.llama_state_seq_get_size(self._context, sequence)
+        state = np.empty(size, np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(
+            self._context, _bytes_pointer(state), size, sequence
+        )
         if written != size:
             raise StateError(f"llama.cpp wrote {written} of {size} bytes")
         return memoryview(state.data)
@@ -233,20 +252,36 @@ class LlamaBackend:
     def join(self, slot: int, state: memoryview, start: int, end: int, whole_end: int) -> None:
         """Restores tokens [start, end): all of the state into the scratch sequence, and from there what is wanted."""
         self._check_thread()
-        data = np.frombuffer(state, np.uint8)
+        if self._facts.cache_support is not CacheSupport.BLOCKS:
+            self._join_whole(slot, state, end)
+            return
         try:
-            read = llama_cpp.llama_state_seq_set_data(
-                self._context, _bytes_pointer(data), len(data), self._scratch
-            )
-            first = llama_cpp.llama_memory_seq_pos_min(self._memory, self._scratch)
+            self._put_state(self._scratch, state, whole_end)
             # Positions stand in the state: cells of other tokens must not get into this sequence.
-            if read != len(data) or not 0 <= first <= start:
-                raise StateError("llama.cpp does not take the state")
-            if self.held_positions(self._scratch) != whole_end:
-                raise StateError("the state is not of these tokens")
+            if not 0 <= llama_cpp.llama_memory_seq_pos_min(self._memory, self._scratch) <= start:
+                raise StateError("the state begins too late")
             llama_cpp.llama_memory_seq_cp(self._memory, self._scratch, slot, start, end)
         finally:
             self.clear(self._scratch)
+
+    def _join_whole(self, slot: int, state: memoryview, end: int) -> None:
+        if self.held_positions(slot):
+            raise StateError("the sequence is not empty")
+        try:
+            self._put_state(slot, state, end)
+        except StateError:
+            self.clear(slot)
+            raise
+
+    def _put_state(self, sequence: int, state: memoryview, end: int) -> None:
+        data = np.frombuffer(state, np.uint8)
+        read = llama_cpp.llama_state_seq_set_data(
+            self._context, _bytes_pointer(data), len(data), sequence
+        )
+        if read != len(data):
+            raise StateError("llama.cpp does not take the state")
+        if self.held_positions(sequence) != end:
+            raise StateError("the state is not of these tokens")
 
     def held_positions(self, slot: int) -> int:
         """How many positions the KV of a sequence holds."""

@@ -13,6 +13,7 @@ from services.engine.backend import Batch, Loader, ModelError, ModelFacts, Progr
 from services.engine.llama import LlamaBackend, LlamaVocabulary, model_meta, model_text
 from services.engine.llama_state import cache_support, context_identity, quant_name
 from services.engine.settings import EngineSettings, physical_cores
+from services.engine.state_check import settle_cache_support
 from services.engine.threads import thread_choice
 
 _LOG = logging.getLogger("llama.cpp")
@@ -100,6 +101,7 @@ def _load(settings: EngineSettings, progress: Progress) -> LlamaBackend:
     # The first decode touches every weight and makes the compute buffers: nobody's request should wait for that.
     backend.decode(Batch([vocabulary.bos_token or 0], [0], [0], [0]))
     backend.clear(0)
+    settle_cache_support(backend)
     return backend
 
 
@@ -157,7 +159,9 @@ def _shape(model: Any, settings: EngineSettings) -> _Shape:
 
 
 def _cell_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values in f16; of attention layers, so an upper bound for hybrid models."""
+    """Bytes of one token's keys and values in f16, as if all layers attended: an upper bound for hybrid models."""
+    if llama_cpp.llama_model_is_recurrent(model):
+        return 1  # There is a state per sequence, and nothing per token.
     architecture = model_meta(model, "general.architecture")
     heads = max(1, int(llama_cpp.llama_model_n_head(model)))
     head_size = int(llama_cpp.llama_model_n_embd(model)) // heads

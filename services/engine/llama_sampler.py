@@ -9,7 +9,7 @@ rejects that one. It is never told to accept what it rejects: llama.cpp would en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import llama_cpp
@@ -37,10 +37,9 @@ class LlamaSampler:
         self._ids = np.arange(size, dtype=np.int32)
         self._biased = np.array([token for token, _ in spec.logit_bias], np.int64)
         self._biases = np.array([bias for _, bias in spec.logit_bias], np.float32)
-        self._likeliest = spec.temperature == 0 or spec.top_k == 1
         self._chain: Pointer = None
         self._grammar: Pointer = None
-        if not self._likeliest and spec.top_k > 0:
+        if spec.drawn and spec.top_k > 0:
             self._chain, self._candidates = _make_chain(spec), np.empty(size, _CANDIDATE)
         if spec.grammar:
             self._grammar = _make_grammar(vocab, spec.grammar)
@@ -49,16 +48,30 @@ class LlamaSampler:
         """The next token. Raises DecodeError where the grammar allows none."""
         row = self._adjusted(self._logits()[output])
         token = self._pick(row, position)
-        if self._grammar is not None:
+        if self._grammar is not None and not self._allowed(token):
+            row = self._filtered(row)
+            token = self._pick(row, position)
             if not self._allowed(token):
-                row = self._filtered(row)
-                token = self._pick(row, position)
-                if not self._allowed(token):
-                    raise DecodeError(_NOTHING_ALLOWED, "the grammar allows no token")
+                raise DecodeError(_NOTHING_ALLOWED, "the grammar allows no token")
+        self._accept(token)
+        return token
+
+    def resume(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that were chosen elsewhere. Raises INVALID_VALUE where the grammar does not allow them."""
+        for index, token in enumerate(tokens):
+            if self._grammar is not None and not self._allowed(token):
+                raise CaravanError(
+                    "INVALID_VALUE",
+                    f"The grammar does not allow token {token} here.",
+                    param=f"resume.token_ids[{index}]",
+                )
+            self._accept(token)
+
+    def _accept(self, token: int) -> None:
+        if self._grammar is not None:
             llama_cpp.llama_sampler_accept(self._grammar, token)
         if self._spec.penalized:
             self._counts[token] = self._counts.get(token, 0) + 1
-        return token
 
     def close(self) -> None:
         """Frees the samplers of llama.cpp."""
@@ -86,7 +99,7 @@ class LlamaSampler:
         return row
 
     def _pick(self, row: Any, position: int) -> int:
-        if self._likeliest:
+        if not self._spec.drawn:
             token = int(row.argmax())
             if row[token] == -math.inf:
                 raise DecodeError(_NOTHING_ALLOWED, "no token may be chosen")

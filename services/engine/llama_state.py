@@ -1,4 +1,4 @@
-"""What the KV state of a loaded model depends on, and whether it can be cut into blocks."""
+"""What the KV state of a loaded model depends on, and how it should be cached."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def quant_name(model: Pointer) -> str:
 
 
 def cache_support(model: Pointer) -> tuple[CacheSupport, str]:
-    """Whether the state can be cut into blocks, and why not."""
+    """How the state should be cached, and why not in blocks. Whether it can be is tried: see state_check.py."""
     if llama_cpp.llama_model_is_hybrid(model):
-        return CacheSupport.OFF, "The model has recurrent layers: their state cannot be cut."
+        return CacheSupport.WHOLE, "The model has recurrent layers: their state cannot be cut."
     if llama_cpp.llama_model_is_recurrent(model):
-        return CacheSupport.OFF, "The model is recurrent: its state cannot be cut."
+        return CacheSupport.WHOLE, "The model is recurrent: its state cannot be cut."
     window = int(llama_cpp.llama_model_n_swa(model))
     if window > 0:
         return (
-            CacheSupport.OFF,
+            CacheSupport.WHOLE,
             f"The model attends to a sliding window of {window} tokens: its state cannot be cut.",
         )
     return CacheSupport.BLOCKS, ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from services.engine.backend import Backend, Loader, Progress
+from services.engine.backend import Backend, CacheSupport, Loader, Progress
 from services.engine.batching import Limits
 from services.engine.kv.keys import BLOCK_TOKENS
 from services.engine.scripted import PREFIX, Script, ScriptedBackend, ScriptedShape
@@ -54,6 +54,7 @@ def limits(settings: EngineSettings) -> Callable[[Backend], Limits]:
             resident_cells=resident_cells,
             session_s=settings.session_seconds,
             swap_bytes=settings.swap_bytes,
+            whole_states=facts.cache_support is CacheSupport.WHOLE,
         )
 
     return make

@@ -18,6 +18,8 @@ BACKOFF_MOST_S: Final = 5.0
 # Phases change with every request; more reports than this help nobody.
 REPORTS_APART_S: Final = 0.05
 REPORT_INTERVAL_S: Final = 1.0
+REQUESTS_MOST: Final = 1024
+"""Requests in one report; those of an interval, however often the phase changes."""
 
 
 class Member(Protocol):
@@ -31,8 +33,20 @@ class Member(Protocol):
         """What it does."""
         ...
 
+    def requests(self, most: int | None = None) -> list[engine_service_pb2.InflightRequest]:
+        """Its requests in flight, oldest first."""
+        ...
+
     def cancel(self, request_id: str) -> bool:
         """Ends a request."""
+        ...
+
+    def drain(self, grace_s: float, *, stop: bool = False) -> None:
+        """Takes no more requests; what still runs after the grace moves, and with `stop` the process ends then."""
+        ...
+
+    def undrain(self) -> None:
+        """Takes requests again."""
         ...
 
 
@@ -43,20 +57,21 @@ def backoff_s(attempt: int, share: float) -> float:
 
 
 class Membership:
-    """Runs until it is cancelled; the engine serves as well without a coordinator."""
+    """Runs until it is cancelled; the engine serves as well without a coordinator.
+
+    `registration` says who the engine is; model and load are added when it joins.
+    """
 
     def __init__(
         self,
         stub: pb_grpc.CoordinatorServiceAsyncStub,
         member: Member,
-        engine_id: str,
-        address: str,
+        registration: pb.EngineRegistration,
         jitter: Callable[[], float],
     ) -> None:
         self._stub = stub
         self._member = member
-        self._engine_id = engine_id
-        self._address = address
+        self._registration = registration
         self._jitter = jitter
         self._change = asyncio.Event()
         self._welcomed = False
@@ -101,26 +116,34 @@ class Membership:
             _LOG.info("joined the coordinator; reporting every %g s", self._interval_s)
         elif kind == "cancel":
             self._member.cancel(response.cancel.request_id)
+        elif kind == "drain":
+            grace_s = response.drain.grace.ToMilliseconds() / 1000
+            _LOG.info("told to drain within %g s", grace_s)
+            self._member.drain(grace_s, stop=response.drain.stop)
+        elif kind == "undrain":
+            _LOG.info("told to take requests again")
+            self._member.undrain()
 
     async def _messages(self) -> AsyncIterator[pb.JoinEngineRequest]:
         self._change.clear()
-        yield pb.JoinEngineRequest(
-            register=pb.EngineRegistration(
-                engine_id=self._engine_id,
-                address=self._address,
-                model=self._member.model(),
-                load=self._member.load(),
-            )
-        )
+        register = pb.EngineRegistration()
+        register.CopyFrom(self._registration)
+        register.model.CopyFrom(self._member.model())
+        register.load.CopyFrom(self._member.load())
+        yield pb.JoinEngineRequest(register=register)
+        loop = asyncio.get_running_loop()
+        due = loop.time() + self._interval_s
         while True:
             try:
-                async with asyncio.timeout(self._interval_s):
+                async with asyncio.timeout_at(due):
                     await self._change.wait()
                     # Changes that come together are told together.
                     await asyncio.sleep(REPORTS_APART_S)
             except TimeoutError:
                 pass
             self._change.clear()
-            yield pb.JoinEngineRequest(
-                report=pb.EngineReport(model=self._member.model(), load=self._member.load())
-            )
+            report = pb.EngineReport(model=self._member.model(), load=self._member.load())
+            if loop.time() >= due:
+                due = loop.time() + self._interval_s
+                report.requests.extend(self._member.requests(REQUESTS_MOST))
+            yield pb.JoinEngineRequest(report=report)

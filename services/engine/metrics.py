@@ -61,7 +61,16 @@ class EngineMetrics:
         self.generated_tokens = Counter(
             "caravan_generated_tokens_total", "Tokens generated.", registry=self.registry
         )
-
+        self.requests_resumed = Counter(
+            "caravan_engine_requests_resumed_total",
+            "Requests that went on with an answer that another engine had begun.",
+            registry=self.registry,
+        )
+        self.requests_moved = Counter(
+            "caravan_engine_requests_moved_total",
+            "Requests that a drain ended, so that other engines go on with them.",
+            registry=self.registry,
+        )
         self._add_kv()
 
     def _add_kv(self) -> None:
@@ -136,6 +145,14 @@ class EngineMetrics:
         self.queue_seconds.observe(queue_s)
         self.kv_prompts.labels(_HITS[job.cache_hit]).inc()
         self.kv_cached_prompt_tokens.inc(job.cached_tokens)
+
+    def resumed(self) -> None:
+        """A request goes on with the answer of another engine."""
+        self.requests_resumed.inc()
+
+    def moved(self, requests: int) -> None:
+        """Requests ended so that others go on with them."""
+        self.requests_moved.inc(requests)
 
     def restored(self, seconds: float) -> None:
         """A piece of saved state was joined."""

@@ -37,7 +37,7 @@ class Update:
     """What became known of a request since the update before.
 
     `started` and `ending` come once; `error` ends the request instead of `ending`. `cached_tokens` and `cache_hit` come with
-    `started`.
+    `started`. `prompt_tokens_done` is there if nothing else was to be told for a while.
     """
 
     started: bool = False
@@ -49,6 +49,7 @@ class Update:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     ending: Ending | None = None
     error: CaravanError | None = None
+    prompt_tokens_done: int | None = None
 
     @property
     def has_delta(self) -> bool:
@@ -62,11 +63,12 @@ class Outbox:
     A slow reader gets fewer and larger updates. What waits is bounded by the tokens that the request may have (I4).
     """
 
-    __slots__ = ("_fresh", "_pending", "_waiter")
+    __slots__ = ("_fresh", "_pending", "_silent", "_waiter")
 
     def __init__(self) -> None:
         self._pending = Update()
         self._fresh = False
+        self._silent = False
         self._waiter: asyncio.Future[None] | None = None
 
     def start(self, cached_tokens: int = 0, cache_hit: int = 0) -> None:
@@ -105,7 +107,15 @@ class Outbox:
         self._pending.error = error
         self._wake()
 
+    def alive(self, prompt_tokens_done: int) -> None:
+        """Called once an interval: where nothing was told since the last time, this is, and so much of the prompt is done."""
+        if self._silent:
+            self._pending.prompt_tokens_done = prompt_tokens_done
+            self._wake()
+        self._silent = True
+
     def _wake(self) -> None:
+        self._silent = False
         self._fresh = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

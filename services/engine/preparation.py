@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -10,6 +10,7 @@ import numpy as np
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2
 
+from services.engine.answer import Answer
 from services.engine.backend import Backend, CacheSupport
 from services.engine.grammar import json_grammar, tool_grammar
 from services.engine.job import CacheUse, Work
@@ -17,6 +18,8 @@ from services.engine.key_chain import KeyChain
 from services.engine.kv.keys import KEY_BYTES, Namespace
 from services.engine.prompt import PromptTokenizer, tool_parameters
 from services.engine.sampling import TOP_LOGPROBS_MAX, SamplingSpec, parse_sampling
+from services.engine.text import StopMatcher
+from services.engine.tool_calls import ToolCallParser, call_ids
 from services.runtime.errors import CaravanError
 
 STOPS_MAX: Final = 16
@@ -72,31 +75,48 @@ class Preparation:
         sampling = self._with_grammar(request, sampling)
         self._check_sampler(sampling)
         prompt = self._prompt(request)
+        max_tokens = self._max_tokens(request, len(prompt))
+        resumed = self._resumed(request, sampling)
+        tokens = prompt + resumed
+        token_array = np.array(tokens, np.int32)
+        calls = None
+        if tools:
+            of_prompt = token_array[: len(prompt)].tobytes()
+            calls = ToolCallParser(call_ids(request.request_id, of_prompt))
+        answer = Answer(
+            self._vocabulary.token_bytes,
+            frozenset() if request.stop.ignore_eos else self._vocabulary.eog_tokens,
+            max_tokens,
+            StopMatcher(stops) if stops else None,
+            calls,
+        )
+        answer.replay(resumed)
         return Work(
-            prompt=prompt,
-            prompt_array=np.array(prompt, np.int32),
-            max_tokens=self._max_tokens(request, len(prompt)),
+            tokens=tokens,
+            token_array=token_array,
+            prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
             sampling=sampling,
-            stops=stops,
-            ignore_eos=request.stop.ignore_eos,
+            answer=answer,
             top_logprobs=top_logprobs,
-            parse_tools=tools,
-            cache=self._cache_use(request.cache, prompt),
+            cache=self._cache_use(request.cache, tokens, len(prompt)),
         )
 
     def prepare_prefill(self, request: engine_service_pb2.GenerateRequest) -> Work:
         """The work of computing the prompt of a request and no answer. Raises CaravanError of the caller's kind."""
         return replace(self.prepare(request), max_tokens=0)
 
-    def _cache_use(self, options: generation_pb2.CacheOptions, prompt: list[int]) -> CacheUse:
+    def _cache_use(
+        self, options: generation_pb2.CacheOptions, tokens: list[int], prompt_tokens: int
+    ) -> CacheUse:
         sharable = (
             not options.bypass
-            and len(prompt) >= self._kv_min_tokens
-            and self._facts.cache_support is CacheSupport.BLOCKS
+            and prompt_tokens >= self._kv_min_tokens
+            and self._facts.cache_support is not CacheSupport.OFF
         )
         salt, chain = options.salt.encode(), None
         if sharable and self.namespace is not None:
-            chain = KeyChain(self.namespace.salted(salt), prompt)
+            chain = KeyChain(self.namespace.salted(salt), tokens)
         return CacheUse(sharable, salt, options.session_id, options.parent_key, chain)
 
     def _check_tools(self, request: engine_service_pb2.GenerateRequest) -> bool:
@@ -155,18 +175,31 @@ class Preparation:
         elif kind == "text":
             prompt = self._tokenizer.text(request.text)
         else:
-            prompt = self._given_tokens(request)
+            prompt = self._known_tokens(request.tokens.ids, "prompt")
         if not prompt:
             raise _invalid(_prompt_param(request), "The prompt is empty.")
         return prompt
 
-    def _given_tokens(self, request: engine_service_pb2.GenerateRequest) -> list[int]:
-        tokens = list(request.tokens.ids)
+    def _resumed(
+        self, request: engine_service_pb2.GenerateRequest, sampling: SamplingSpec
+    ) -> list[int]:
+        """What another engine has produced of the answer."""
+        if not request.HasField("resume"):
+            return []
+        if not request.resume.token_ids:
+            raise _invalid("resume.token_ids", "An answer that goes on has at least one token.")
+        if sampling.drawn and not request.sampling.HasField("seed"):
+            # A seed of this engine's would give the rest of another answer.
+            raise _invalid("sampling.seed", "An answer that goes on needs the seed it began with.")
+        return self._known_tokens(request.resume.token_ids, "resume.token_ids")
+
+    def _known_tokens(self, given: Iterable[int], param: str) -> list[int]:
+        tokens = list(given)
         size = self._facts.vocabulary_tokens
         for index, token in enumerate(tokens):
             if token >= size:
                 raise _invalid(
-                    f"prompt[{index}]", f"The vocabulary of {size} tokens has no {token}."
+                    f"{param}[{index}]", f"The vocabulary of {size} tokens has no {token}."
                 )
         return tokens
 

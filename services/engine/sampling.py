@@ -36,8 +36,12 @@ class SamplingSpec:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is simply taken, so that no sampler is needed."""
-        likeliest = self.temperature == 0 or self.top_k == 1
-        return likeliest and not (self.logit_bias or self.grammar or self.penalized)
+        return not (self.drawn or self.logit_bias or self.grammar or self.penalized)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether noise chooses; else the likeliest token of those that are allowed is taken."""
+        return self.temperature != 0 and self.top_k != 1
 
     @property
     def penalized(self) -> bool:

@@ -16,7 +16,13 @@ from services.engine.kv_space import KvMemory
 from services.engine.residents import Resident
 from services.engine.scheduler_state import SchedulerState
 from services.engine.sequence import Owner, Phase, Sequence
-from services.engine.sharing import Holder, best_coming, best_held
+from services.engine.sharing import (
+    Holder,
+    best_coming,
+    best_held,
+    best_whole_coming,
+    best_whole_held,
+)
 
 RESERVE_TOKENS: Final = 16
 """Cells per sequence that must be left at an admission, so that what is admitted is not swapped out at once."""
@@ -154,8 +160,10 @@ class Scheduler(SchedulerState[Owner]):
         for sequence, count in step.spans:
             extend(sequence.slot, count)
             sequence.computed += count
-            if sequence.phase is Phase.PREFILLING and sequence.computed == sequence.target:
-                sequence.phase = Phase.DECODING
+            if sequence.phase is Phase.PREFILLING:
+                self._space.prefilled(sequence)
+                if sequence.computed == sequence.target:
+                    sequence.phase = Phase.DECODING
         if self._space.cells.used > self.limits.near_cells:
             for sequence, _count in step.spans:
                 sequence.far = True
@@ -183,7 +191,7 @@ class Scheduler(SchedulerState[Owner]):
             # Nothing was freed since it did not fit: comparing prompts again would cost every step.
             return False
         source, shared = self._best_held(sequence)
-        leader, follow_end = best_coming(sequence, shared, running, self.limits.min_shared)
+        leader, follow_end = self._best_coming(sequence, shared)
         spared = max(shared, follow_end)
         from_resident = shared if isinstance(source, Resident) else 0
         if not self._fits(sequence, sequence.target - spared, from_resident):
@@ -213,8 +221,19 @@ class Scheduler(SchedulerState[Owner]):
         return wanted <= self.limits.cells - held
 
     def _best_held(self, sequence: Sequence[Owner]) -> tuple[Holder[Owner] | None, int]:
-        space, limits = self._space, self.limits
-        return best_held(sequence, space.residents, self._running, limits.min_shared)
+        residents, min_shared = self._space.residents, self.limits.min_shared
+        best = best_whole_held if self.limits.whole_states else best_held
+        return best(sequence, residents, self._running, min_shared)
+
+    def _best_coming(
+        self, sequence: Sequence[Owner], held: int
+    ) -> tuple[Sequence[Owner] | None, int]:
+        limits, running = self.limits, self._running
+        if limits.whole_states:
+            return best_whole_coming(
+                sequence, held, running, limits.min_shared, limits.block_tokens
+            )
+        return best_coming(sequence, held, running, limits.min_shared)
 
     def _occupy(self, sequence: Sequence[Owner], source: Holder[Owner] | None, shared: int) -> None:
         """Puts a sequence into its slot, on what is shared with it."""

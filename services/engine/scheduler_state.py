@@ -7,7 +7,7 @@ from typing import Generic
 
 from services.engine.batching import Limits
 from services.engine.kv_space import KvMemory, KvSpace
-from services.engine.sequence import Owner, Phase, Sequence, TokenArray
+from services.engine.sequence import Owner, Phase, Sequence, TokenArray, common_prefix
 
 
 class SchedulerState(Generic[Owner]):
@@ -74,14 +74,25 @@ class SchedulerState(Generic[Owner]):
         groups = (self._running, self._swapped, self._waiting)
         return [sequence.owner for group in groups for sequence in group]
 
+    def reusable(self, salt: bytes, prompt: TokenArray) -> int:
+        """How many first tokens of a prompt the cells hold or will hold, as far as it could go on from there. Any thread."""
+        held = (tokens for other, tokens in self.known if other == salt)
+        if not self.limits.whole_states:
+            return max((common_prefix(tokens, prompt) for tokens in held), default=0)
+        wanted = prompt[:-1]
+        whole = (len(tokens) for tokens in held if common_prefix(tokens, wanted) == len(tokens))
+        return max(whole, default=0)
+
     def _slots(self) -> list[int]:
         return [sequence.slot for sequence in self._running]
 
     def _publish(self) -> None:
         held = [(resident.salt, resident.tokens) for resident in self._space.residents]
+        # Where state is whole, what runs passes the lengths at which others could use it.
+        groups = () if self.limits.whole_states else (self._running, self._waiting)
         coming = [
             (sequence.salt, sequence.prompt)
-            for group in (self._running, self._waiting)
+            for group in groups
             for sequence in group
             if sequence.sharable
         ]

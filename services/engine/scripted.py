@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import zlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import parse_qsl
@@ -39,6 +40,14 @@ from services.runtime.errors import CaravanError
 PREFIX: Final = "scripted:"
 _CERTAIN: Final = np.float32(100.0)
 _STATE_MAGIC: Final = 0x53435231
+_NOT_NEGATIVE: Final = (
+    "step_ms",
+    "prefill_ms_per_token",
+    "load_ms",
+    "fail_at",
+    "stall_at",
+    "stall_ms",
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Script:
     """How the backend behaves; each field is a key of `scripted:?key=value&...`.
 
     step_ms and prefill_ms_per_token are the time of a batch; tokens is the length of an answer before its end; text, if
-    set, is the answer instead; load_ms the time to load; fail_at the number of the decode call that fails (0: none);
-    load_error a message with which loading fails.
+    set, is the answer instead; load_ms the time to load; fail_at the number of the decode call that fails (0: none), stall_at
+    of one that takes stall_ms more; load_error a message with which loading fails.
     """
 
     step_ms: float = 0
@@ -58,6 +67,8 @@ class Script:
     load_ms: float = 0
     context: int = 4096
     fail_at: int = 0
+    stall_at: int = 0
+    stall_ms: float = 0
     load_error: str = ""
 
     @classmethod
@@ -65,7 +76,7 @@ class Script:
         """From `scripted:?key=value&...`. Raises ValueError."""
         query = path.removeprefix(PREFIX).removeprefix("?")
         kinds = {"text": str, "load_error": str} | dict.fromkeys(
-            ("step_ms", "prefill_ms_per_token", "load_ms"), float
+            ("step_ms", "prefill_ms_per_token", "load_ms", "stall_ms"), float
         )
         values: dict[str, object] = {}
         for key, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
@@ -76,8 +87,8 @@ class Script:
             except ValueError:
                 raise ValueError(f"{key}={value!r} is not a number") from None
         script = cls(**values)  # type: ignore[arg-type]
-        times = (script.step_ms, script.prefill_ms_per_token, script.load_ms, script.fail_at)
-        if min(times) < 0 or script.tokens < 1 or script.context < 16:
+        least = min(getattr(script, name) for name in _NOT_NEGATIVE)
+        if least < 0 or script.tokens < 1 or script.context < 16:
             raise ValueError("a number is too small")
         if script.vocab < SIZE_MIN:
             raise ValueError(f"vocab must be at least {SIZE_MIN}")
@@ -146,6 +157,8 @@ class ScriptedBackend:
         self._calls += 1
         if self._calls == self._script.fail_at:
             raise DecodeError(-3, "the script says so")
+        if self._calls == self._script.stall_at:
+            self._wait(self._script.stall_ms)
         kv = self._kv
         for token, position, slot in zip(batch.tokens, batch.positions, batch.slots, strict=True):
             held = kv[slot]
@@ -270,8 +283,13 @@ class ScriptedSampler:
                 row[token] *= scale
                 row[token] -= spec.presence_penalty + count * spec.frequency_penalty
         token = int(row.argmax())
-        self._counts[token] = self._counts.get(token, 0) + 1
+        self.resume((token,))
         return token
+
+    def resume(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that were chosen elsewhere."""
+        for token in tokens:
+            self._counts[token] = self._counts.get(token, 0) + 1
 
     def close(self) -> None:
         """Nothing to free."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from enum import Enum
@@ -37,14 +36,19 @@ class Phase(Enum):
 class Piece:
     """KV state outside the cells: `state` restores tokens [start, whole_end), of which [start, end) are of use.
 
-    `saved` tells blocks of the cache from what was swapped out.
+    `key` is the block's in the cache, and empty for what was swapped out.
     """
 
     start: int
     end: int
     whole_end: int
     state: memoryview
-    saved: bool
+    key: bytes = b""
+
+    @property
+    def saved(self) -> bool:
+        """Whether it comes from the cache."""
+        return bool(self.key)
 
 
 class Sequence(Generic[Owner]):
@@ -138,10 +142,3 @@ def common_prefix(first: TokenArray, second: TokenArray) -> int:
     different = first[:length] != second[:length]
     at = int(different.argmax())
     return at if different[at] else length
-
-
-def longest_common_prefix(
-    known: Iterable[tuple[bytes, TokenArray]], salt: bytes, tokens: TokenArray
-) -> int:
-    """The most leading tokens that `tokens` has in common with one of the `known` of the same salt."""
-    return max((common_prefix(other, tokens) for key, other in known if key == salt), default=0)

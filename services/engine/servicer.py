@@ -11,14 +11,13 @@ import grpc
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
-from google.protobuf import duration_pb2
 
+from services.engine import messages
 from services.engine.engine import Engine
 from services.engine.inflight import Inflight
 from services.engine.outbox import Ending, Update
 from services.engine.preparation import check_request_id, check_session_id
 from services.engine.sampling import TokenLogprobs
-from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
 from services.runtime.telemetry import RequestSpan, Tracing
 
@@ -28,9 +27,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class EngineServicer(pb_grpc.EngineServiceServicer):
     """One engine behind gRPC."""
 
-    def __init__(self, engine: Engine, clock: Clock, tracing: Tracing) -> None:
+    def __init__(self, engine: Engine, tracing: Tracing) -> None:
         self._engine = engine
-        self._clock = clock
         self._tracing = tracing
 
     async def Generate(
@@ -105,18 +103,22 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         started = False
         while True:
             update = await row.outbox.take()
-            if update.error is not None:
-                raise update.error
             # A request that is cancelled while it waits is told as started too: one form for every answer.
             if not started and (update.started or update.ending is not None):
                 started = True
                 span.event("started")
-                yield pb.GenerateResponse(started=_started(row, update))
+                yield pb.GenerateResponse(started=messages.started(row, update))
             if update.has_delta:
                 yield pb.GenerateResponse(delta=self._delta(update))
+            elif update.prompt_tokens_done is not None:
+                progress = pb.Progress(prompt_tokens_done=update.prompt_tokens_done)
+                yield pb.GenerateResponse(progress=progress)
+            if update.error is not None:
+                # After the tokens that came before it: another engine may go on behind them.
+                raise update.error
             if update.ending is not None:
                 _describe(span, update.ending)
-                yield pb.GenerateResponse(finished=_finished(update.ending))
+                yield pb.GenerateResponse(finished=messages.finished(update.ending))
                 return
 
     def _delta(self, update: Update) -> pb.Delta:
@@ -180,52 +182,7 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
     async def ListInflight(
         self, request: pb.ListInflightRequest, context: Context
     ) -> pb.ListInflightResponse:
-        now = self._clock.monotonic()
-        return pb.ListInflightResponse(
-            requests=[
-                pb.InflightRequest(
-                    request_id=row.request_id,
-                    phase=row.phase.value,  # type: ignore[arg-type]
-                    age=_duration(now - row.arrived),
-                    prompt_tokens=row.prompt_tokens,
-                    completion_tokens=row.completion_tokens,
-                )
-                for row in self._engine.inflight.oldest_first()
-            ]
-        )
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromMicroseconds(max(0, round(seconds * 1_000_000)))
-    return duration
-
-
-def _started(row: Inflight, update: Update) -> pb.Started:
-    return pb.Started(
-        prompt_tokens=row.prompt_tokens,
-        cached_tokens=update.cached_tokens,
-        # A request that is cancelled while it waits has reused nothing.
-        cache_hit=update.cache_hit or generation_pb2.CACHE_HIT_COLD,  # type: ignore[arg-type]
-    )
-
-
-def _finished(ending: Ending) -> pb.Finished:
-    return pb.Finished(
-        reason=ending.reason,  # type: ignore[arg-type]
-        usage=generation_pb2.Usage(
-            prompt_tokens=ending.prompt_tokens,
-            completion_tokens=ending.completion_tokens,
-            cached_tokens=ending.cached_tokens,
-        ),
-        stop_text=ending.stop_text,
-        queue_time=_duration(ending.queue_s),
-        prefill_time=_duration(ending.prefill_s),
-        decode_time=_duration(ending.decode_s),
-        finish_key=ending.finish_key,
-        cache_hit=ending.cache_hit,  # type: ignore[arg-type]
-        restore_time=_duration(ending.restore_s),
-    )
+        return pb.ListInflightResponse(requests=self._engine.requests())
 
 
 def _describe(span: RequestSpan, ending: Ending) -> None:

@@ -53,6 +53,16 @@ def identifier(value: str) -> str:
     return value
 
 
+def revision(value: str) -> str:
+    """At most 128 bytes, or nothing."""
+    return identifier(value) if value else ""
+
+
+def optional_seconds(value: str) -> float | None:
+    """Seconds, 0 to 3600, or nothing."""
+    return number(0, 3600)(value) if value else None
+
+
 @dataclass(frozen=True)
 class EngineSettings(ProcessSettings):
     """All that an engine can be told."""
@@ -77,6 +87,12 @@ class EngineSettings(ProcessSettings):
     )
     engine_id: str = setting(
         "CARAVAN_ENGINE_ID", "engine-0", "Id of the engine, the same after a restart", identifier
+    )
+    revision: str = setting(
+        "CARAVAN_ENGINE_REVISION",
+        "",
+        "Revision of the deployment for which the engine was started; empty: it was started by hand",
+        revision,
     )
     model: NamedModel = setting(  # noqa: RUF009 - a field, as all others are
         "CARAVAN_ENGINE_MODEL",
@@ -141,6 +157,18 @@ class EngineSettings(ProcessSettings):
         "Seconds that a chat template may take",
         number(0.01, 60),
     )
+    progress_s: float = setting(
+        "CARAVAN_ENGINE_PROGRESS_S",
+        "1",
+        "Seconds of silence in a stream after which the engine says that it works; 0: never",
+        number(0, 3600),
+    )
+    drain_finish_s: float | None = setting(
+        "CARAVAN_ENGINE_DRAIN_FINISH_S",
+        "",
+        "Seconds that running requests get to finish after SIGTERM before they move to another engine; empty: half of CARAVAN_DRAIN_GRACE_S",
+        optional_seconds,
+    )
     residents: int = setting(
         "CARAVAN_ENGINE_RESIDENTS",
         "16",
@@ -195,6 +223,13 @@ class EngineSettings(ProcessSettings):
         "Most bytes of blocks that wait to be written; beyond it blocks are not saved",
         byte_size,
     )
+
+    @property
+    def finish_s(self) -> float:
+        """Seconds that running requests get to finish after SIGTERM; the rest of the grace is for moving them."""
+        if self.drain_finish_s is None:
+            return self.drain_grace_s / 2
+        return self.drain_finish_s
 
     @property
     def slots(self) -> int:

@@ -59,3 +59,56 @@ def best_coming(
             if common > most:
                 best, most = other, common
     return best, most if best is not None else 0
+
+
+# --- state that cannot be cut ------------------------------------------------------------------------------------------
+
+
+def best_whole_held(
+    sequence: Sequence[Owner],
+    residents: Iterable[Resident],
+    running: Iterable[Sequence[Owner]],
+    min_shared: int,
+) -> tuple[Holder[Owner] | None, int]:
+    """As best_held, of those who hold exactly a beginning; nobody where a saved state is longer."""
+    best: Holder[Owner] | None = None
+    if not sequence.sharable:
+        return None, 0
+    most = max([min_shared, *(piece.end for piece in sequence.pieces)]) - 1
+    wanted = sequence.wanted()[: sequence.target - 1]
+    for resident in residents:
+        length = len(resident.tokens)
+        same_tenant = resident.salt == sequence.salt
+        if same_tenant and length > most and common_prefix(resident.tokens, wanted) == length:
+            best, most = resident, length
+    for other in running:
+        length = other.computed
+        comparable = other.sharable and other.salt == sequence.salt
+        if comparable and length > most and other.common_with(wanted) >= length:
+            best, most = other, length
+    return best, most if best is not None else 0
+
+
+def best_whole_coming(
+    sequence: Sequence[Owner],
+    held: int,
+    running: Iterable[Sequence[Owner]],
+    min_shared: int,
+    block_tokens: int,
+) -> tuple[Sequence[Owner] | None, int]:
+    """As best_coming, up to a length at which the other one will stand between two batches: a block boundary, or all of its
+    prompt but the last token."""
+    best: Sequence[Owner] | None = None
+    if not sequence.sharable:
+        return None, 0
+    most = max([held, *(piece.end for piece in sequence.pieces)]) + min_shared - 1
+    wanted = sequence.wanted()[: sequence.target - 1]
+    for other in running:
+        comparable = other.sharable and other.salt == sequence.salt
+        if comparable and other.phase is not Phase.DECODING and other.target > most:
+            end = min(other.common_with(wanted), other.target - 1)
+            if end < other.target - 1:
+                end -= end % block_tokens
+            if end > max(most, other.computed):
+                best, most = other, end
+    return best, most if best is not None else 0

@@ -1,10 +1,11 @@
 """Finds `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` in a stream of text (Hermes and Qwen form).
 
-Pure: ids come from the injected source. A block that is not such JSON is text, so nothing that the model wrote is lost.
+Pure. A block that is not such JSON is text, so nothing that the model wrote is lost.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,22 @@ class Parsed:
     calls: tuple[ParsedCall, ...] = ()
 
 
+def call_ids(request_id: str, prompt: bytes) -> Callable[[int], str]:
+    """Ids of the calls of one answer, by their place in it.
+
+    They follow from the request alone, so that an engine that goes on with the answer of another gives the same. The prompt
+    keeps those of one conversation apart if its client gives all of its requests the same id.
+    """
+    answer = hashlib.sha256(request_id.encode() + b"\0" + prompt)
+
+    def call_id(index: int) -> str:
+        call = answer.copy()
+        call.update(index.to_bytes(4, "little"))
+        return f"call-{call.hexdigest()[:24]}"
+
+    return call_id
+
+
 class ToolCallParser:
     """Splits an answer into text and calls.
 
@@ -39,8 +56,8 @@ class ToolCallParser:
     comes out when it is complete, since only then it is known to be one.
     """
 
-    def __init__(self, new_id: Callable[[str], str]) -> None:
-        self._new_id = new_id
+    def __init__(self, call_id: Callable[[int], str]) -> None:
+        self._call_id = call_id
         self._inside = False
         self._buffer = ""
         self._blank = ""
@@ -89,7 +106,7 @@ class ToolCallParser:
             self._show(f"{OPEN}{body}{closing}", shown)
             return
         name, arguments = call
-        calls.append(ParsedCall(self.calls, self._new_id("call"), name, arguments))
+        calls.append(ParsedCall(self.calls, self._call_id(self.calls), name, arguments))
         self.calls += 1
         self._blank = ""
 

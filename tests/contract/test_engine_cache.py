@@ -250,7 +250,7 @@ async def test_a_cancel_during_a_lookup_ends_it_and_leaves_nothing() -> None:
         load = await client.until_idle()
         assert load.free_cells == 32 * 4096
         assert not client.engine._jobs
-        assert not client.engine._finding
+        assert client.engine._finder.searches == 0
 
 
 async def test_cancelled_answers_are_saved_as_well() -> None:

@@ -170,23 +170,55 @@ async def test_a_crowd_in_few_cells_gives_the_known_answers() -> None:
             assert (await client.until_idle()).free_cells == 256
 
 
-async def test_a_model_that_cannot_be_cut_is_served_without_a_cache(
+async def test_a_model_that_seems_to_slide_is_cached_as_whole_states(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It says so in its status; sharing, saving and packing are all off, and it answers."""
+    """Its status says so, and known answers stay what they are: in a crowd, swapped, and from RAM."""
     monkeypatch.setattr(llama_cpp, "llama_model_n_swa", lambda _model: 512)
     stories = [case for case in PLAIN if case["answer"].startswith("Once upon")]
     env: dict[str, Any] = {**ALL_CACHED, "CELLS": "256", "CONTEXT_TOKENS": "256"}
     async with running_engine(DEMO_MODEL, **env) as client:
         status = await client.status()
-        assert status.model.cache_support == pb.CACHE_SUPPORT_OFF
+        assert status.model.cache_support == pb.CACHE_SUPPORT_WHOLE
         assert "sliding window of 512 tokens" in status.model.cache_note
-        answers = await asyncio.gather(
-            *(client.run(case_request(client, case)) for case in stories)
-        )
-        assert [answer.text for answer in answers] == [case["answer"] for case in stories]
-        assert all(answer.hit == "COLD" for answer in answers)
-        assert client.engine.store is None
+        for hit in ("COLD", "EXACT"):
+            answers = await asyncio.gather(
+                *(client.run(case_request(client, case)) for case in stories)
+            )
+            assert [answer.text for answer in answers] == [case["answer"] for case in stories]
+            assert all(answer.hit == hit for answer in answers)
+        assert client.metric("caravan_kv_swap_outs_total") > 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "support"),
+    [("seq_cp", pb.CACHE_SUPPORT_WHOLE), ("set_data", pb.CACHE_SUPPORT_OFF)],
+)
+async def test_what_does_not_work_in_a_trial_at_loading_is_not_relied_on(
+    monkeypatch: pytest.MonkeyPatch, broken: str, support: int
+) -> None:
+    """State that does not come back cut may come back whole; one that does not come back at all is not cached."""
+    if broken == "seq_cp":
+        copy = llama_cpp.llama_memory_seq_cp
+
+        def copy_from_the_start(
+            memory: Any, source: int, target: int, start: int, end: int
+        ) -> None:
+            if start == 0:
+                copy(memory, source, target, start, end)
+
+        monkeypatch.setattr(llama_cpp, "llama_memory_seq_cp", copy_from_the_start)
+    else:
+        monkeypatch.setattr(llama_cpp, "llama_state_seq_set_data", lambda *_arguments: 0)
+    case = next(case for case in PLAIN if case["answer"].startswith("Once upon"))
+    async with running_engine(DEMO_MODEL, **ALL_CACHED) as client:
+        status = await client.status()
+        assert status.model.cache_support == support
+        assert "trial at loading" in status.model.cache_note
+        for _ in range(2):
+            answer = await client.run(case_request(client, case))
+            assert answer.text == case["answer"]
+        assert (answer.hit == "COLD") == (support == pb.CACHE_SUPPORT_OFF)
 
 
 @pytest.fixture

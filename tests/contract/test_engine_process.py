@@ -6,10 +6,11 @@ import asyncio
 import re
 import signal
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import grpc
 import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as coordinator_grpc
@@ -18,9 +19,11 @@ from caravan.engine.v1 import engine_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.engine.membership import BACKOFF_MOST_S, backoff_s
+from services.engine.membership import BACKOFF_MOST_S, Membership, backoff_s
 from services.runtime.channel import open_channel
-from services.runtime.server import ServiceServer
+from services.runtime.errors import from_rpc_error
+from services.runtime.server import ServiceServer, cancel_all
+from tests.support.engine import running_engine
 from tests.support.ports import free_port
 from tests.support.processes import log_line, process
 
@@ -38,6 +41,11 @@ def request(request_id: str, max_tokens: int) -> pb.GenerateRequest:
     message = pb.GenerateRequest(request_id=request_id, text="hi")
     message.stop.max_tokens = max_tokens
     return message
+
+
+async def read_all(call: AsyncIterable[pb.GenerateResponse]) -> list[pb.GenerateResponse]:
+    """All events of a request."""
+    return [event async for event in call]
 
 
 async def test_a_process_serves_drains_and_ends_with_zero() -> None:
@@ -118,7 +126,8 @@ async def test_a_taken_port_ends_the_process_with_two() -> None:
 class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
     """Takes one engine at a time and keeps what it says."""
 
-    def __init__(self) -> None:
+    def __init__(self, interval_ms: int) -> None:
+        self._interval_ms = interval_ms
         self.registered: asyncio.Queue[coordinator_pb.EngineRegistration] = asyncio.Queue()
         self.reports: asyncio.Queue[coordinator_pb.EngineReport] = asyncio.Queue()
         self.commands: asyncio.Queue[coordinator_pb.JoinEngineResponse | None] = asyncio.Queue()
@@ -129,7 +138,7 @@ class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
         first = await anext(request_iterator)
         self.registered.put_nowait(first.register)
         welcome = coordinator_pb.EngineWelcome()
-        welcome.report_interval.FromMilliseconds(100)
+        welcome.report_interval.FromMilliseconds(self._interval_ms)
         yield coordinator_pb.JoinEngineResponse(welcome=welcome)
         reading = asyncio.ensure_future(self._read(request_iterator))
         try:
@@ -142,6 +151,13 @@ class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
         async for message in requests:
             self.reports.put_nowait(message.report)
 
+    async def told_requests(self) -> list[pb.InflightRequest]:
+        """The requests of the next report that has some."""
+        async with asyncio.timeout(20):
+            while not (found := await self.reports.get()).requests:
+                pass
+        return list(found.requests)
+
     async def report(self, phase: int) -> coordinator_pb.EngineReport:
         """The next report with this phase."""
         async with asyncio.timeout(20):
@@ -152,9 +168,11 @@ class Coordinator(coordinator_grpc.CoordinatorServiceServicer):
 
 
 @asynccontextmanager
-async def coordinator(address: str = "127.0.0.1:0") -> AsyncIterator[tuple[Coordinator, int]]:
+async def coordinator(
+    address: str = "127.0.0.1:0", interval_ms: int = 100
+) -> AsyncIterator[tuple[Coordinator, int]]:
     server = ServiceServer(address, [], 0)
-    servicer = Coordinator()  # type: ignore[abstract]
+    servicer = Coordinator(interval_ms)  # type: ignore[abstract]
     coordinator_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
     port = await server.start()
     try:
@@ -174,12 +192,19 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
             registration = await first.registered.get()
         assert registration.engine_id == "engine-0"
         assert registration.address == f"127.0.0.1:{own}"
+        assert registration.incarnation
+        assert registration.revision == ""
         idle = await first.report(pb.ENGINE_PHASE_IDLE)
         assert idle.model.max_sequences == 32
         async with open_channel(f"127.0.0.1:{own}") as channel:
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 7000))
             busy = await first.report(pb.ENGINE_PHASE_GENERATING)
             assert busy.load.active_sequences == 1
+            told = (await first.told_requests())[0]
+            assert (told.request_id, told.phase) == ("a", pb.REQUEST_PHASE_GENERATING)
+            assert told.prompt_tokens == 2
+            later = (await first.told_requests())[0]
+            assert told.completion_tokens < later.completion_tokens
             cancel = coordinator_pb.CancelCommand(request_id="a")
             first.commands.put_nowait(coordinator_pb.JoinEngineResponse(cancel=cancel))
             events = [event async for event in call]
@@ -188,6 +213,7 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
         async with asyncio.timeout(20):
             again = await first.registered.get()
         assert again.model.vocabulary_tokens == 512
+        assert again.incarnation == registration.incarnation
         async with open_channel(f"127.0.0.1:{own}") as channel:
             last = pb_grpc.EngineServiceStub(channel).Generate(request("b", 7000))
             await first.report(pb.ENGINE_PHASE_GENERATING)
@@ -196,11 +222,83 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
             last.cancel()
 
 
+async def test_reports_at_changes_do_not_list_requests() -> None:
+    """Phases change with every request; the list goes with the report of the interval only."""
+    async with (
+        coordinator(interval_ms=60_000) as (one, port),
+        running_engine("demo=scripted:?step_ms=2&tokens=500") as client,
+        open_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        membership = Membership(
+            coordinator_grpc.CoordinatorServiceStub(channel),
+            client.engine,
+            coordinator_pb.EngineRegistration(engine_id="engine-0"),
+            lambda: 0.5,
+        )
+        client.engine.on_change = membership.changed
+        joined = asyncio.create_task(membership.run())
+        async with asyncio.timeout(20):
+            await one.registered.get()
+        asking = asyncio.create_task(client.ask("hi"))
+        busy = await one.report(pb.ENGINE_PHASE_GENERATING)
+        assert busy.load.active_sequences == 1
+        assert not busy.requests
+        await asking
+        await cancel_all([joined])
+
+
+async def test_an_engine_is_drained_and_undrained_by_its_coordinator() -> None:
+    """DrainCommand, UndrainCommand, and DrainCommand with stop, after which the process ends with 0 when it is empty."""
+    async with (
+        coordinator() as (one, port),
+        engine(
+            CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{port}", CARAVAN_ENGINE_REVISION="r2"
+        ) as running,
+    ):
+        own = int((await log_line(running, PORT))[1])
+        async with asyncio.timeout(20):
+            assert (await one.registered.get()).revision == "r2"
+        await one.report(pb.ENGINE_PHASE_IDLE)
+        drain = coordinator_pb.DrainCommand()
+        drain.grace.FromSeconds(60)
+        one.commands.put_nowait(coordinator_pb.JoinEngineResponse(drain=drain))
+        await one.report(pb.ENGINE_PHASE_DRAINING)
+        undrain = coordinator_pb.UndrainCommand()
+        one.commands.put_nowait(coordinator_pb.JoinEngineResponse(undrain=undrain))
+        await one.report(pb.ENGINE_PHASE_IDLE)
+        async with open_channel(f"127.0.0.1:{own}") as channel:
+            call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 7000))
+            await one.report(pb.ENGINE_PHASE_GENERATING)
+            drain.grace.FromMilliseconds(100)
+            drain.stop = True
+            one.commands.put_nowait(coordinator_pb.JoinEngineResponse(drain=drain))
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await read_all(call)
+            assert from_rpc_error(raised.value, service="engine").reason == "DRAINING"
+        async with asyncio.timeout(20):
+            assert await running.wait() == 0
+
+
+async def test_two_lives_of_an_engine_can_be_told_apart() -> None:
+    """The incarnation is new after each start; the id is the same."""
+    async with coordinator() as (one, port):
+        lives = []
+        for _ in range(2):
+            async with engine(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{port}"):
+                async with asyncio.timeout(20):
+                    lives.append(await one.registered.get())
+                one.commands.put_nowait(None)
+        assert lives[0].engine_id == lives[1].engine_id
+        assert lives[0].incarnation != lives[1].incarnation
+
+
 async def test_an_engine_serves_without_its_coordinator() -> None:
     """A coordinator that is not there costs nobody a request."""
     nobody = free_port()
     async with engine(CARAVAN_ENGINE_COORDINATOR=f"127.0.0.1:{nobody}") as running:
         port = int((await log_line(running, PORT))[1])
+        await log_line(running, SERVING)
+        # It tries again and again.
         await log_line(running, re.compile(rb"joining again"))
         async with open_channel(f"127.0.0.1:{port}") as channel:
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 3))

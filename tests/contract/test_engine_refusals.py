@@ -162,7 +162,7 @@ async def test_a_draining_engine_takes_nothing_new_and_ends_what_runs() -> None:
     async with running_engine("demo=scripted:?step_ms=2&tokens=50") as client:
         running = asyncio.ensure_future(client.ask("hi"))
         await client.until(lambda load: load.active_sequences == 1)
-        client.engine.drain()
+        client.engine.drain(60)
         error = await client.refusal(client.request("ho"))
         assert (error.reason, error.retry_after_s) == ("DRAINING", 1.0)
         assert (await client.status()).load.phase == pb.ENGINE_PHASE_DRAINING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -19,7 +19,6 @@ from services.engine.metrics import EngineMetrics
 from services.engine.servicer import EngineServicer
 from services.engine.settings import EngineSettings
 from services.runtime.channel import open_channel
-from services.runtime.clock import SystemClock
 from services.runtime.errors import CaravanError, from_rpc_error
 from services.runtime.server import ServiceServer
 from services.runtime.settings import load
@@ -38,6 +37,7 @@ class Answer:
     calls: list[chat_pb2.ToolCallDelta] = field(default_factory=list)
     logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
     finished: list[pb.Finished] = field(default_factory=list)
+    progress: list[pb.Progress] = field(default_factory=list)
     deltas: int = 0
 
     def add(self, event: pb.GenerateResponse) -> None:
@@ -55,6 +55,8 @@ class Answer:
             self.tokens += event.delta.token_ids
             self.calls += event.delta.tool_calls
             self.logprobs += event.delta.logprobs
+        elif kind == "progress":
+            self.progress.append(event.progress)
         else:
             self.finished.append(event.finished)
 
@@ -120,6 +122,16 @@ class EngineClient:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="engine") from error
         return answer
+
+    async def steps(self, request: pb.GenerateRequest) -> list[Answer]:
+        """What a gateway has of an answer after each of its deltas, and at last the whole answer."""
+        seen: list[Answer] = []
+        answer = Answer()
+        async for event in self.stub.Generate(request):
+            answer.add(event)
+            if event.HasField("delta"):
+                seen.append(replace(answer, tokens=list(answer.tokens), calls=list(answer.calls)))
+        return [*seen, answer]
 
     async def ask(self, prompt: str | list[int], **fields: object) -> Answer:
         """`run` of `request`."""
@@ -200,7 +212,7 @@ async def running_engine(
     engine = build_engine(settings, metrics)
     server = ServiceServer("127.0.0.1:0", [], 0)
     pb_grpc.add_EngineServiceServicer_to_server(
-        EngineServicer(engine, SystemClock(), NoTracing()), server.services
+        EngineServicer(engine, NoTracing()), server.services
     )
     port = await server.start()
     loaded = asyncio.Event()
@@ -216,7 +228,7 @@ async def running_engine(
         async with open_channel(f"127.0.0.1:{port}") as channel:
             yield EngineClient(pb_grpc.EngineServiceStub(channel), engine, metrics)
     finally:
-        engine.drain()
+        engine.drain(0)
         await server.drain_and_stop()
         assert await engine.stop(20), "the decode thread ends"
         await cache.close(20)

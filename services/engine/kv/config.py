@@ -29,7 +29,7 @@ class KvConfig:
 
     `address` is where the engine serves FetchBlocks; `cache_address` may be empty: then blocks live in RAM only. Roots are
     given fastest first. Times are in seconds: `acquire_seconds` bounds a lookup at the cache service, `wait_seconds` the wait
-    for a save in flight, `stall_seconds` how long the next block may let wait for itself.
+    for a save in flight and the search for shorter whole states, `stall_seconds` how long the next block may let wait for itself.
     """
 
     engine_id: str

@@ -110,6 +110,16 @@ def decode_tokens(data: bytes | memoryview) -> tuple[int, ...]:
     return tuple(words)
 
 
+def prefix_keys(namespace: Namespace, tokens: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
+    """Keys of the first `lengths` tokens, which ascend, in one pass."""
+    hasher = namespace.hasher()
+    keys = []
+    for length in lengths:
+        hasher.feed(tokens[hasher.length : length])
+        keys.append(hasher.key())
+    return keys
+
+
 def block_keys(namespace: Namespace, tokens: Sequence[int]) -> list[bytes]:
     """Keys at 256, 512, ... tokens, up to the length of `tokens`."""
     # Encoded once and hashed through views: slicing the sequence per block would cost as much as the hashing.

@@ -6,7 +6,7 @@ offset  size  field
      3     1  version: 2
      4     1  quant byte (quant.py)
      5     1  save reason (S2.9)
-     6     2  flags: bit 0: the block may be used in part; the others are 0
+     6     2  flags: bit 0: the block may be used in part; bit 1: a state that cannot be cut; the others are 0
      8     4  start: position of the block's first token
     12     4  hits, counted in place while the file lives; the header checksum takes them for 0
     16     4  end: position after its last token
@@ -23,6 +23,9 @@ TLVs: 01 fingerprint (32), 03 quant (1), 04 context hash (32), 09 tokens [start,
 each exactly once. Unknown tags are ignored. Left out of version 1: the prompt's text and the hostname, which tell more than a
 cache needs, and the token count, which `end` gives.
 
+A state that cannot be cut starts at 0 and stands for all tokens [0, end); its file names only the last of them, as many as a
+block has at most, and its parent is the empty prefix.
+
 The key covers tokens [0, end), the file holds [start, end): so the key is bound by the header checksum, the file's name, the
 parent key, and the reader's comparison of the tokens with those of its prompt.
 """
@@ -35,7 +38,7 @@ from enum import Enum
 from typing import Final
 
 from services.engine.kv.checksum import crc32c
-from services.engine.kv.keys import KEY_BYTES, TOKEN_BYTES, Namespace
+from services.engine.kv.keys import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Namespace
 from services.engine.kv.quant import KNOWN_BYTES
 from services.engine.kv.store import SaveReason
 
@@ -46,6 +49,7 @@ PREFIX_BYTES_MAX: Final = 8192
 """Most bytes before the payload: one read of this size has all metadata (W43)."""
 HITS_OFFSET: Final = 12
 _PARTIAL: Final = 1
+_WHOLE: Final = 2
 _HEADER: Final = struct.Struct("<3sBBBHIIIIQQII")
 _CRC_OFFSET: Final = 44
 _RECORD: Final = struct.Struct("<BI")
@@ -94,8 +98,8 @@ class KvcError(ValueError):
 class BlockMeta:
     """What a file says of its block.
 
-    `token_bytes` are the tokens [start, end) as u32 little-endian; `created` is in seconds since the Unix epoch; `hits` says
-    how often the file was read.
+    `token_bytes` are the tokens [start, end) as u32 little-endian, of a `whole` state only the last of them; `created` is in
+    seconds since the Unix epoch; `hits` says how often the file was read.
     """
 
     key: bytes
@@ -108,6 +112,7 @@ class BlockMeta:
     reason: SaveReason
     created: int
     hits: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +139,13 @@ class Expected:
     namespace: Namespace
     start: int
     token_bytes: bytes | None
+    whole: bool = False
 
     def check(self, meta: BlockMeta) -> None:
         """Raises KvcError where the block is another one."""
         if meta.key != self.key:
             raise KvcError(Flaw.KEY_MISMATCH)
-        if meta.parent != self.parent or meta.start != self.start:
+        if (meta.parent, meta.start, meta.whole) != (self.parent, self.start, self.whole):
             raise KvcError(Flaw.PARENT_MISMATCH)
         if meta.namespace != self.namespace:
             raise KvcError(Flaw.NAMESPACE_MISMATCH)
@@ -162,7 +168,8 @@ def build(meta: BlockMeta, payload_bytes: int, payload_crc: int) -> bytes:
         )
     )
     fields = (
-        *(b"KVC", VERSION, namespace.quant, meta.reason, _PARTIAL * meta.partial),
+        *(b"KVC", VERSION, namespace.quant, meta.reason),
+        _PARTIAL * meta.partial | _WHOLE * meta.whole,
         *(meta.start, meta.hits, meta.end, len(section)),
         *(meta.created, payload_bytes, payload_crc),
     )
@@ -195,7 +202,7 @@ def parse(head: bytes) -> Head:
         raise KvcError(Flaw.TRUNCATED)
     if _prefix_crc(head[:offset]) != prefix_crc:
         raise KvcError(Flaw.HEADER_CRC_MISMATCH)
-    if flags & ~_PARTIAL:
+    if flags not in {0, _PARTIAL, _WHOLE}:
         raise KvcError(Flaw.BAD_HEADER, "flags")
     if quant not in KNOWN_BYTES:
         raise KvcError(Flaw.UNKNOWN_QUANT_BYTE, str(quant))
@@ -205,7 +212,7 @@ def parse(head: bytes) -> Head:
     if records[_QUANT][0] != quant:
         raise KvcError(Flaw.MALFORMED, "two quants")
     token_bytes = records[_TOKENS]
-    if not 0 < end - start <= BLOCK_TOKENS_MAX or len(token_bytes) != (end - start) * TOKEN_BYTES:
+    if len(token_bytes) != TOKEN_BYTES * _named_tokens(start, end, whole=flags == _WHOLE):
         raise KvcError(Flaw.MALFORMED, "tokens do not match start and end")
     meta = BlockMeta(
         key=records[_KEY],
@@ -218,8 +225,19 @@ def parse(head: bytes) -> Head:
         reason=SaveReason(reason),
         created=created,
         hits=hits,
+        whole=flags == _WHOLE,
     )
     return Head(meta, offset, payload_bytes, payload_crc)
+
+
+def _named_tokens(start: int, end: int, *, whole: bool) -> int:
+    """How many tokens a file names. Raises KvcError where there is no such block."""
+    length = end - start
+    if whole and start == 0 < end:
+        return min(length, BLOCK_TOKENS)
+    if whole or not 0 < length <= BLOCK_TOKENS_MAX:
+        raise KvcError(Flaw.MALFORMED, "start and end")
+    return length
 
 
 def check_size(head: Head, file_bytes: int) -> None:

@@ -11,6 +11,7 @@ import grpc
 from caravan.cache.v1 import cache_service_pb2 as pb
 from caravan.cache.v1 import cache_service_pb2_grpc as pb_grpc
 
+from services.engine.kv.block_finder import BlockFinder
 from services.engine.kv.blocking import BlockingPool
 from services.engine.kv.config import KvConfig
 from services.engine.kv.fetch import BlockServer
@@ -23,8 +24,11 @@ from services.engine.kv.ram import RamTier
 from services.engine.kv.restore import Restorer
 from services.engine.kv.root import Root, RootError, RootTrouble
 from services.engine.kv.session import CacheSession
+from services.engine.kv.state_finder import FindingParts
 from services.engine.kv.stats import KvStats
 from services.engine.kv.tiered_store import CacheLink, TieredStore
+from services.engine.kv.whole_finder import WholeFinder
+from services.engine.kv.withdrawals import Withdrawals
 from services.runtime.channel import open_channel
 from services.runtime.clock import Clock, IdSource
 from services.runtime.server import cancel_all
@@ -79,8 +83,11 @@ async def open_store(
     clock: Clock,
     new_id: IdSource,
     jitter: Callable[[], float],
+    *,
+    whole_states: bool = False,
 ) -> KvCache:
-    """Opens the roots; returns a running KV cache, which joins the cache service behind. `jitter` gives numbers in [0, 1).
+    """Opens the roots; returns a running KV cache, which joins the cache service behind. `jitter` gives numbers in [0, 1);
+    `whole_states` says that the state of the model cannot be cut into blocks.
 
     Raises RootError where a root cannot be used: a wrong configuration must not start. The caller closes what it gets.
     """
@@ -96,13 +103,12 @@ async def open_store(
     stats = KvStats()
     known = KnownKeys(PUBLISHED_MAX)
     holdings = Holdings(mounted, RamTier(config.ram_quota_bytes), known.discard)
-    channel, link = None, None
-    if config.cache_address:
-        channel = open_channel(config.cache_address)
+    channel = open_channel(config.cache_address) if config.cache_address else None
+    link = None
+    if channel is not None:
         stub: pb_grpc.CacheServiceAsyncStub = pb_grpc.CacheServiceStub(channel)
-        session = CacheSession(
-            stub, holdings, _registration(config, mounted), blocking=keeper, jitter=jitter
-        )
+        registration = _registration(config, mounted)
+        session = CacheSession(stub, holdings, registration, blocking=keeper, jitter=jitter)
         ledger = Ledger(stub, session, clock, config.acquire_seconds)
         publisher = Publisher(
             ledger,
@@ -118,18 +124,22 @@ async def open_store(
             on_published=known.add,
         )
         link = CacheLink(session, ledger, publisher)
-    store = TieredStore(
+    parts = FindingParts(
         namespace,
-        holdings,
+        holdings.ram,
+        link.ledger if link is not None else None,
+        Restorer(holdings, readers, clock, config.stall_seconds),
+        Withdrawals(holdings, link.session if link is not None else None, keeper, known, stats),
+        known,
+        stats,
+        clock,
+        config.wait_seconds,
+    )
+    store = TieredStore(
+        parts,
         link,
-        restorer=Restorer(holdings, readers, clock, config.stall_seconds),
-        server=BlockServer(holdings, namespace, servers, clock),
-        checkers=checkers,
-        keeper=keeper,
-        known=known,
-        stats=stats,
-        clock=clock,
-        wait_seconds=config.wait_seconds,
+        WholeFinder(parts, checkers) if whole_states else BlockFinder(parts, checkers),
+        BlockServer(holdings, namespace, servers, clock),
     )
     cache = KvCache(store, link, channel, [keeper, checkers, servers, writers, *readers.values()])
     cache.start()

@@ -110,7 +110,9 @@ class Publication:
     def expected(self) -> Expected:
         """What a file of this block must be."""
         meta = self.meta
-        return Expected(meta.key, meta.parent, meta.namespace, meta.start, meta.token_bytes)
+        return Expected(
+            meta.key, meta.parent, meta.namespace, meta.start, meta.token_bytes, meta.whole
+        )
 
 
 async def publish(

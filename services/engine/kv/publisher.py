@@ -12,6 +12,7 @@ from typing import Final
 from services.engine.kv.blocking import RunBlocking
 from services.engine.kv.keys import Namespace
 from services.engine.kv.publish import Files, Publication, Published, Saves, publish
+from services.engine.kv.root_pauses import RootPauses
 from services.engine.kv.rows import meta_of
 from services.engine.kv.stats import KvStats
 from services.engine.kv.store import SavedBlock
@@ -57,6 +58,7 @@ class Publisher:
         self._new_id = new_id
         self._on_published = on_published
         self._writer_id = new_id("writer")
+        self._pauses = RootPauses()
         self._lock = threading.Lock()
         self._queue: deque[SavedBlock] = deque()
         self._held: dict[bytes, int] = {}
@@ -139,11 +141,18 @@ class Publisher:
     async def _publish(self, block: SavedBlock) -> None:
         meta = meta_of(block, self._namespace, self._clock.wall())
         for root in self._roots:
+            if self._pauses.is_paused(root.root_id, self._clock.monotonic()):
+                self._count(block, Published.FAILED)
+                continue
             publication = Publication(meta, block.state, self._writer_id, self._new_id("save"))
             ending = await publish(
                 publication, self._saves, root, self._blocking, self._ttl_s() / RENEWALS_PER_TTL
             )
             self._count(block, ending)
+            if ending is Published.FAILED:
+                self._pauses.failed(root.root_id, self._clock.monotonic())
+            elif ending is Published.SAVED:
+                self._pauses.worked(root.root_id)
             if ending in {Published.SAVED, Published.DUPLICATE}:
                 self._on_published(block.key)
 

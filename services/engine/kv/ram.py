@@ -11,6 +11,7 @@ Any thread; one lock, held for microseconds.
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,12 @@ class RamTier:
         with self._lock:
             return list(self._entries.values())
 
+    def whole_lengths(self, most: int) -> set[int]:
+        """Lengths, in tokens, of the states that cannot be cut: of the last `most` that came."""
+        with self._lock:
+            newest = list(itertools.islice(reversed(self._entries.values()), most))
+        return {entry.block.end for entry in newest if entry.block.whole}
+
     # --- use -----------------------------------------------------------------------------------------------------
 
     def chain(self, keys: Sequence[bytes]) -> list[SavedBlock]:
@@ -161,7 +168,8 @@ class RamTier:
                 return False
             # As a child it protects its parent from being dropped for its sake.
             self._children.setdefault(block.parent, {})[block.key] = None
-            self._drop_superseded(block)
+            if not block.whole:  # All of these have one parent, and none is a part of another.
+                self._drop_superseded(block)
             is_reachable = block.start == 0 or block.parent in self._entries
             fits = self.bytes + size <= self.quota_bytes or (is_reachable and self._make_room(size))
             if fits:

@@ -117,7 +117,9 @@ class Root:
     def read_whole(self, key: bytes) -> LoadedBlock:
         """Reads a block and checks it against itself and its name. Raises OSError, KvcError."""
         meta = self.head(key).meta
-        expected = Expected(key, meta.parent, meta.namespace, meta.start, meta.token_bytes)
+        expected = Expected(
+            key, meta.parent, meta.namespace, meta.start, meta.token_bytes, meta.whole
+        )
         return block_file.read_block(self.file_of(key), expected)
 
     def scan(self) -> Iterator[Head]:

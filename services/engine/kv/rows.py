@@ -60,6 +60,7 @@ def meta_of(block: SavedBlock, namespace: Namespace, created: float) -> BlockMet
         partial=block.partial,
         reason=block.reason,
         created=int(created),
+        whole=block.whole,
     )
 
 
@@ -74,4 +75,5 @@ def block_of(meta: BlockMeta, state: memoryview) -> SavedBlock:
         partial=meta.partial,
         reason=meta.reason,
         state=state,
+        whole=meta.whole,
     )

@@ -11,7 +11,7 @@ from services.engine.kv.keys import BLOCK_TOKENS, Namespace, encode_tokens
 from services.engine.kv.kvc import BlockMeta, Expected, Flaw, KvcError
 from services.engine.kv.ram import common_prefix
 from services.engine.kv.restore import Wanted
-from services.engine.kv.store import FoundBlock, SavedBlock, Source
+from services.engine.kv.store import Asked, FoundBlock, SavedBlock, Source
 
 _SOURCES = {pb.TIER_RAM_FILE: Source.RAM_FILE, pb.TIER_DISK: Source.DISK}
 
@@ -20,16 +20,11 @@ _SOURCES = {pb.TIER_RAM_FILE: Source.RAM_FILE, pb.TIER_DISK: Source.DISK}
 class Search:
     """A prompt on its way to its blocks.
 
-    `keys` are those of its full blocks, the first `have` of which are resident. `salted` is the namespace of its tenant, and
-    `files` the namespace that stands in the files, which tenants share: the salt is in the keys.
+    `files` is the namespace that stands in the files, which tenants share: their salts are in the keys.
     """
 
-    prompt: Sequence[int]
-    keys: Sequence[bytes]
-    have: int
-    salted: Namespace
+    asked: Asked
     files: Namespace
-    parent_key: bytes
     found: list[FoundBlock] = field(default_factory=list)
     waited: bool = False
     """Whether a save in flight was waited for."""
@@ -37,9 +32,29 @@ class Search:
     _partial_key: bytes = b""
 
     @property
+    def prompt(self) -> Sequence[int]:
+        """Its tokens."""
+        return self.asked.prompt
+
+    @property
+    def keys(self) -> Sequence[bytes]:
+        """The keys of its full blocks."""
+        return self.asked.keys
+
+    @property
+    def salted(self) -> Namespace:
+        """The namespace of its tenant."""
+        return self.asked.namespace
+
+    @property
+    def parent_key(self) -> bytes:
+        """The key of the state that it continues, if it names one."""
+        return self.asked.parent_key
+
+    @property
     def depth(self) -> int:
         """Full blocks that are resident or found."""
-        return self.have + self._full
+        return self.asked.blocks_held + self._full
 
     @property
     def chain_complete(self) -> bool:
@@ -99,11 +114,13 @@ class Search:
             start = index * BLOCK_TOKENS
             tokens = encode_tokens(self.prompt[start : start + BLOCK_TOKENS])
             expected = Expected(self.keys[index], parent, self.files, start, tokens)
-            wanted.append(_wanted(expected, copy))
+            wanted.append(wanted_of(expected, copy))
             parent = expected.key
         if response.HasField("partial") and self.depth + len(wanted) == len(self.keys):
             key, start = response.partial.block.key, len(self.keys) * BLOCK_TOKENS
-            wanted.append(_wanted(Expected(key, parent, self.files, start, None), response.partial))
+            wanted.append(
+                wanted_of(Expected(key, parent, self.files, start, None), response.partial)
+            )
         return wanted
 
     def add_loaded(self, block: SavedBlock, source: Source) -> None:
@@ -125,16 +142,19 @@ class Search:
             raise KvcError(Flaw.KEY_MISMATCH)
 
     def _add_full(self, block: SavedBlock, source: Source) -> None:
-        self.found.append(FoundBlock(block.start, block.end, block.end, block.state, source))
+        self.found.append(
+            FoundBlock(block.key, block.start, block.end, block.end, block.state, source)
+        )
         self._full += 1
 
     def _add_partial(self, block: SavedBlock, length: int, source: Source) -> None:
         start, end = block.start, block.end
-        self.found.append(FoundBlock(start, start + length, end, block.state, source))
+        self.found.append(FoundBlock(block.key, start, start + length, end, block.state, source))
         self._partial_key = block.key
 
 
-def _wanted(expected: Expected, copy: pb.Copy) -> Wanted:
+def wanted_of(expected: Expected, copy: pb.Copy) -> Wanted:
+    """What to load of a copy that the service named."""
     if copy.WhichOneof("place") == "root_id":
         source = _SOURCES.get(copy.tier, Source.DISK)
         return Wanted(expected, source, copy.root_id, "")

@@ -44,7 +44,7 @@ class KvStats:
     saves_dropped: int = 0
     """Blocks that were not published: the queue was full or the cache service was down. Under the publisher's lock."""
     saves_failed: int = 0
-    """Saves that failed in a root: full, read-only or broken."""
+    """Saves that failed in a root, full, read-only or broken, or were not tried because one just had."""
     saves_expired: int = 0
     """Saves given up because their reservation no longer held."""
     corrupt_files: int = 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Protocol
 
-from services.engine.kv.keys import Namespace
+from services.engine.kv.keys import BLOCK_TOKENS, Namespace
 
 
 class SaveReason(IntEnum):
@@ -36,6 +36,9 @@ class SavedBlock:
 
     `key` is the key of tokens [0, end), `parent` that of [0, start). `partial` says that the block may be used in part
     (an answer's tail, or the block in which a prompt or an earlier answer ended). `state` is never changed afterwards.
+
+    A `whole` state is one that cannot be cut: it starts at 0, its parent is the empty prefix, and `tokens` are only the last of
+    its tokens, at most as many as a block has. The key stands for all of them.
     """
 
     key: bytes
@@ -46,6 +49,7 @@ class SavedBlock:
     partial: bool
     reason: SaveReason
     state: memoryview
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +57,35 @@ class FoundBlock:
     """A block that can be restored.
 
     Tokens [start, end) may be used; `state` restores [start, whole_end), of which a partial match uses the front only.
+    `key` is the block's own, that of tokens [0, whole_end).
     """
 
+    key: bytes
     start: int
     end: int
     whole_end: int
     state: memoryview
     source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt whose state is looked for.
+
+    `keys` are block_keys(namespace, prompt), `namespace` that of its tenant; `held` counts the leading tokens that the cells
+    hold. `parent_key`, which may be empty, names state that the prompt continues.
+    """
+
+    prompt: Sequence[int]
+    keys: Sequence[bytes]
+    held: int
+    namespace: Namespace
+    parent_key: bytes
+
+    @property
+    def blocks_held(self) -> int:
+        """Full blocks that the cells hold."""
+        return self.held // BLOCK_TOKENS
 
 
 class BlockStore(Protocol):
@@ -72,16 +98,17 @@ class BlockStore(Protocol):
         self,
         prompt: Sequence[int],
         keys: Sequence[bytes],
-        have: int,
+        held: int,
         *,
         namespace: Namespace,
         parent_key: bytes = b"",
     ) -> list[FoundBlock]:
-        """The chain of blocks of `prompt` from block `have` on, checked and in memory; [] means cold. On the event loop.
+        """The chain of blocks of `prompt` behind the `held` tokens, checked and in memory; [] means cold. Of states that cannot be
+        cut it is the longest, if it is longer than `held`. On the event loop.
 
-        `keys` are block_keys(namespace, prompt); `have` counts the leading full blocks that are resident. With
-        `parent_key`, a save of it that is in flight is waited for, 500 ms at most (S2.31). The blocks may cover the whole
-        prompt. Never raises except CancelledError; its time is bounded.
+        `keys` are block_keys(namespace, prompt); `held` counts the leading tokens that are in the cells. With `parent_key`, a
+        save of it that is in flight is waited for, 500 ms at most (S2.31). The blocks may cover the whole prompt. Never raises
+        except CancelledError; its time is bounded.
         """
         ...
 

@@ -4,47 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
-
 from services.engine.backend import Batch
 from services.engine.key_chain import KeyChain
-from services.engine.kv.keys import Namespace, block_keys
-from services.engine.kv.store import FoundBlock, SavedBlock, SaveReason
+from services.engine.kv.keys import block_keys
+from services.engine.kv.store import SaveReason
 from services.engine.saving import BLOCKS_AT_AN_END, Saver, Saving
 from services.engine.scripted import Script, ScriptedBackend, ScriptedShape
-
-NAMESPACE = Namespace(b"f" * 32, 1, b"c" * 32)
-
-
-class MemoryStore:
-    """Keeps what is saved, in order."""
-
-    namespace = NAMESPACE
-
-    def __init__(self) -> None:
-        self.blocks: list[SavedBlock] = []
-
-    async def find(self, *_args: object, **_options: object) -> list[FoundBlock]:
-        """Nothing: this store is only written."""
-        return []
-
-    def save(self, block: SavedBlock) -> bool:
-        """Keeps it."""
-        self.blocks.append(block)
-        return True
-
-    def holds(self, key: bytes) -> bool:
-        """Whether it was saved."""
-        return any(block.key == key for block in self.blocks)
-
-    def bad(self, key: bytes) -> None:
-        """Forgets it."""
-        self.blocks = [block for block in self.blocks if block.key != key]
-
-    @property
-    def places(self) -> list[tuple[int, int, SaveReason, bool]]:
-        """What the blocks are."""
-        return [(b.start, b.end, b.reason, b.partial) for b in self.blocks]
+from tests.support.kv import NAMESPACE
+from tests.support.memory_store import MemoryStore
 
 
 class Rig:
@@ -156,14 +123,12 @@ def test_a_sequence_that_comes_back_goes_on_being_saved() -> None:
 
 
 def test_keys_of_a_growing_sequence_are_those_of_its_prefixes() -> None:
-    """In one pass; only the unfinished block at the end has a key besides the boundaries."""
+    """In one pass, whatever is asked for later: the end, a boundary, or a length in between."""
     tokens = prompt(900)
     chain = KeyChain(NAMESPACE, tokens[:300])
     assert chain.block_keys() == block_keys(NAMESPACE, tokens[:300])
-    for end in (300, 511, 512, 700, 900):
+    for end in (300, 511, 512, 700, 900, 300, 511, 0):
         hasher = NAMESPACE.hasher()
         hasher.feed(tokens[:end])
         assert chain.key(tokens, end) == hasher.key()
     assert chain.key(tokens, 256) == block_keys(NAMESPACE, tokens)[0]
-    with pytest.raises(ValueError, match="unfinished"):
-        chain.key(tokens, 300)

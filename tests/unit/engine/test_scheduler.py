@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -151,7 +152,7 @@ def test_every_token_of_a_prompt_is_computed_once(prompt: int, chunk: int) -> No
 @pytest.mark.parametrize("bad", [{"batch_tokens": 7}, {"batch_tokens": 6}, {"cells": 0}])
 def test_limits_that_cannot_work_are_refused(bad: dict[str, int]) -> None:
     """A batch must hold a block, and a row of every sequence beside a chunk."""
-    values = {
+    values: dict[str, Any] = {
         "max_sequences": 3,
         "cells": 64,
         "batch_tokens": 24,

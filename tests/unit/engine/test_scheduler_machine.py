@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from services.engine.batching import Limits, Step
 from services.engine.scheduler import QueueFullError, Scheduler, TooLargeError
-from services.engine.sequence import Phase, Sequence
+from services.engine.sequence import Phase, Piece, Sequence
 from tests.support.cell_memory import PlainMemory, piece
 
 LIMITS = Limits(
@@ -39,10 +40,14 @@ prompts = st.builds(lambda text, length: text[:length], st.sampled_from(TEXTS), 
 class Machine(RuleBasedStateMachine):
     """What every order of events must keep."""
 
+    limits = LIMITS
+
     def __init__(self) -> None:
         super().__init__()
-        self.memory = PlainMemory(LIMITS.slots, LIMITS.cells)
-        self.scheduler: Scheduler[str] = Scheduler(LIMITS, self.memory)
+        self.memory = PlainMemory(
+            self.limits.slots, self.limits.cells, whole=self.limits.whole_states
+        )
+        self.scheduler: Scheduler[str] = Scheduler(self.limits, self.memory)
         self.live: list[Sequence[str]] = []
         self.now = 0.0
 
@@ -65,23 +70,13 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         sequence = Sequence("", prompt, most_new, sharable=sharable, salt=salt, session_id=session)
         if sharable:
-            # Saved blocks from some block boundary on, as a store finds them beyond what was resident a moment ago.
-            first = 8 * (saved % 3)
-            sequence.pieces.extend(
-                piece(
-                    prompt[start : start + 8],
-                    start,
-                    saved=True,
-                    beyond=max(0, start + 8 - len(prompt)),
-                )
-                for start in range(first, min(len(prompt), first + 8 * saved), 8)
-            )
+            sequence.pieces.extend(self._saved(prompt, saved))
         try:
             self.scheduler.submit(sequence, self.now)
         except QueueFullError:
-            assert self.scheduler.waiting == LIMITS.max_waiting
+            assert self.scheduler.waiting == self.limits.max_waiting
         except TooLargeError:
-            assert len(prompt) + most_new > LIMITS.cells
+            assert len(prompt) + most_new > self.limits.cells
         else:
             self.live.append(sequence)
 
@@ -133,26 +128,28 @@ class Machine(RuleBasedStateMachine):
 
     def _check(self, step: Step[str]) -> None:
         batch = step.batch
-        assert 0 < len(batch.tokens) <= LIMITS.batch_tokens
-        assert self.memory.used + len(batch.tokens) <= LIMITS.cells, "cells for the whole batch"
+        assert 0 < len(batch.tokens) <= self.limits.batch_tokens
+        assert self.memory.used + len(batch.tokens) <= self.limits.cells, (
+            "cells for the whole batch"
+        )
         decoding = {s for s in self.live if s.phase is Phase.DECODING}
         assert {s for s, _ in step.spans[: len(decoding)]} == decoding, "each decodes, rows first"
         assert len({s for s, _ in step.spans}) == len(step.spans)
         for sequence, count in step.spans:
             first, last = sequence.computed, sequence.computed + count - 1
-            assert first // LIMITS.block_tokens == last // LIMITS.block_tokens
-            if sequence.target >= LIMITS.min_shared and last == sequence.target - 1:
+            assert first // self.limits.block_tokens == last // self.limits.block_tokens
+            if sequence.target >= self.limits.min_shared and last == sequence.target - 1:
                 assert count == 1, "the last token of a prompt has a row of its own"
 
     @invariant()
     def cells_are_counted_as_they_are(self) -> None:
-        assert self.scheduler.free_cells == LIMITS.cells - self.memory.used >= 0
-        assert self.scheduler.residents <= LIMITS.residents
+        assert self.scheduler.free_cells == self.limits.cells - self.memory.used >= 0
+        assert self.scheduler.residents <= self.limits.residents
 
     @invariant()
     def kv_is_what_the_sequences_say(self) -> None:
         holding = [s for s in self.live if s.slot >= 0]
-        assert len({s.slot for s in holding}) == len(holding) <= LIMITS.max_sequences
+        assert len({s.slot for s in holding}) == len(holding) <= self.limits.max_sequences
         for sequence in holding:
             assert self.memory.tokens(sequence.slot) == sequence.tokens[: sequence.computed]
         for resident in self.scheduler._space.residents:
@@ -172,7 +169,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def swapped_state_is_bounded(self) -> None:
         taken = [len(p.state) for s in self.live for p in s.pieces if not p.saved]
-        assert sum(taken) <= LIMITS.swap_bytes
+        assert sum(taken) <= self.limits.swap_bytes
 
     def teardown(self) -> None:
         """Whatever stands here, everybody ends, without anybody's help."""
@@ -192,11 +189,32 @@ class Machine(RuleBasedStateMachine):
         while self.scheduler._space.drop_one(self.now):
             pass
         assert self.memory.used == 0
-        assert self.scheduler.free_cells == LIMITS.cells
+        assert self.scheduler.free_cells == self.limits.cells
+
+    def _saved(self, prompt: list[int], saved: int) -> Iterator[Piece]:
+        """Blocks from some block boundary on, as a store finds them beyond what was resident a moment ago."""
+        first = 8 * (saved % 3)
+        for start in range(first, min(len(prompt), first + 8 * saved), 8):
+            tokens = prompt[start : start + 8]
+            yield piece(tokens, start, saved=True, beyond=8 - len(tokens))
+
+
+class WholeMachine(Machine):
+    """The same where state cannot be cut."""
+
+    limits = replace(LIMITS, whole_states=True)
+
+    def _saved(self, prompt: list[int], saved: int) -> Iterator[Piece]:
+        """A state of at most all tokens but the last, as a store finds it."""
+        end = min(7 * saved, len(prompt) - 1)
+        if end:
+            yield piece(prompt[:end], saved=True)
 
 
 TestSchedulerMachine = Machine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestWholeMachine = WholeMachine.TestCase
+TestWholeMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("swap_bytes", [0, 400])

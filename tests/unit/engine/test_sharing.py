@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from services.engine.sequence import Phase, Sequence
 from tests.support.cell_memory import piece
 from tests.support.scheduler import LIMITS, SHARING, Rig
@@ -188,3 +190,87 @@ def test_residents_hold_no_more_cells_than_they_may() -> None:
     assert (rig.scheduler.residents, rig.scheduler.resident_cells) == (1, 20)
     rig.finish(rig.add(list(range(100, 140))), 1)
     assert rig.scheduler.residents == 0
+
+
+WHOLE = replace(SHARING, whole_states=True)
+
+
+def whole_rig() -> Rig:
+    """A rig whose state cannot be cut."""
+    rig = Rig(WHOLE)
+    rig.memory.whole = True
+    return rig
+
+
+def test_a_state_that_cannot_be_cut_is_gone_on_from_as_it_is() -> None:
+    """By one who continues all of it, in its slot; not by one who wants less, and not by another tenant."""
+    rig = whole_rig()
+    held = rig.finish(rig.add(list(range(20))), 5)
+    turn = [*held, 7, 8, 9]
+    for other in (rig.add(held), rig.add([*held[:15], 500]), rig.add(turn, salt=b"other")):
+        assert other.computed == 0
+        rig.scheduler.end(other, 0)
+    second = rig.add(turn)
+    assert (second.computed, second.shared_tokens, rig.scheduler.residents) == (24, 24, 0)
+    assert [span[1] for span in rig.run()] == [[24, 25]]
+
+
+def test_whose_state_cannot_be_cut_is_waited_for_where_it_will_stand() -> None:
+    """By the same prompt up to its last token, by one that parts from it up to the boundary before; not by others."""
+    rig = whole_rig()
+    prompt = list(range(20))
+    crowd = [rig.add(prompt), rig.add(prompt), rig.add([*prompt[:18], 70, 71, 72])]
+    assert rig.scheduler.known == ()
+    while rig.scheduler.prefilling:
+        rig.run()
+    # Blocks have 8 tokens here.
+    assert [s.shared_tokens for s in crowd] == [0, 19, 16]
+    assert rig.prefilled == 20 + 1 + 5
+    for sequence in crowd:
+        assert rig.memory.tokens(sequence.slot) == sequence.tokens[: sequence.computed]
+    for late in (rig.add([*prompt[:7], 90, 91, 92]), rig.add(prompt, salt=b"other")):
+        assert late.phase is not Phase.FOLLOWING
+
+
+def test_who_waits_in_vain_for_a_state_that_cannot_be_cut_goes_on_alone() -> None:
+    """The other one ends before, or is past the length already."""
+    rig = whole_rig()
+    leader = rig.add([*range(20), 50, 51])
+    follower = rig.add([*range(20), 60, 61])
+    assert (follower.phase, follower.follow_end) == (Phase.FOLLOWING, 16)
+    rig.scheduler.end(leader, 0)
+    rig.run()
+    assert follower.computed > 0
+    late = rig.add([*range(15), 80, 81, 82])
+    while rig.scheduler.prefilling:
+        rig.run()
+    assert late.shared_tokens in {0, 8}
+    assert rig.memory.tokens(late.slot) == late.tokens[: late.computed]
+
+
+def test_a_longer_saved_state_is_preferred_to_a_resident_and_an_equal_one_is_not() -> None:
+    """What is in the cells needs no copy."""
+    for length, joins in ((24, 0), (26, 1)):
+        rig = whole_rig()
+        held = rig.finish(rig.add(list(range(20))), 5)
+        prompt = [*held, *range(300, 310)]
+        sequence = Sequence("", prompt, 4, sharable=True)
+        sequence.pieces.append(piece(prompt[:length], saved=True))
+        rig.scheduler.submit(sequence, 0)
+        rig.run()
+        assert (rig.memory.joins, rig.scheduler.residents) == (joins, joins)
+        assert sequence.restored_tokens == length * joins
+        assert rig.memory.tokens(sequence.slot) == prompt[: sequence.computed]
+
+
+def test_what_the_cells_hold_of_a_prompt_is_told_as_it_can_be_used() -> None:
+    """All that is in common where state can be cut; else the whole of a finished sequence, or nothing."""
+    for limits, common in ((SHARING, 18), (WHOLE, 0)):
+        rig = Rig(limits)
+        held = rig.finish(rig.add(list(range(20))), 5)
+        longer, differs = np.array([*held, 1]), np.array([*held[:18], 900, 901])
+        assert rig.scheduler.reusable(b"", longer) == len(held)
+        assert rig.scheduler.reusable(b"", differs) == common
+        assert rig.scheduler.reusable(b"tenant", longer) == 0
+        same_prompt = rig.scheduler.reusable(b"", np.array(held))
+        assert same_prompt == (0 if limits is WHOLE else len(held))

@@ -84,7 +84,7 @@ def test_text_before_a_possible_match_is_shown_at_once(
 )
 def test_held_text_comes_out_at_the_end(tokens: list[bytes], expected: str) -> None:
     """An answer that ends by length loses nothing that was held back for a stop text or a character."""
-    answer = Answer(StopMatcher(["END"]), None)
-    text = "".join(answer.push(token).text for token in tokens)
-    assert text + answer.flush().text == expected
+    answer = Answer(tokens.__getitem__, (), 100, StopMatcher(["END"]))
+    text = "".join(answer.take(token)[0] for token in range(len(tokens)))
+    assert text + answer.flush()[0] == expected
     assert answer.stop_text == ("END" if expected == "Hello " else "")

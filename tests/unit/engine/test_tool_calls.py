@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.tool_calls import ToolCallParser
-from services.runtime.clock import CountingIds
 
 # The machine of a test run is busy: no deadline per example.
 QUICK = settings(deadline=None, max_examples=60)
@@ -23,7 +22,7 @@ TEXTS = st.lists(
 
 
 def run(text: str, at: list[int] | None = None) -> tuple[str, list[tuple[int, str, str, str]]]:
-    parser = ToolCallParser(CountingIds())
+    parser = ToolCallParser(lambda index: f"call-{index + 1}")
     places = [0, *sorted(place % (len(text) + 1) for place in at or []), len(text)]
     results = [parser.push(text[a:b]) for a, b in pairwise(places)]
     results.append(parser.flush())

@@ -152,6 +152,34 @@ def test_every_bit_of_the_prefix_is_covered_but_the_hits() -> None:
                 kvc.parse(bytes(flipped))
 
 
+def whole_meta(end: int, start: int = 0, tokens: int = 256) -> BlockMeta:
+    """A state that cannot be cut."""
+    return replace(
+        META,
+        start=start,
+        end=end,
+        token_bytes=encode_tokens(range(tokens)),
+        partial=False,
+        whole=True,
+    )
+
+
+def test_a_whole_state_names_only_its_last_tokens() -> None:
+    """However long it is; and it is never taken for a block, nor a block for it."""
+    for end, tokens in ((1, 1), (256, 256), (257, 256), (2**31, 256)):
+        meta = whole_meta(end, tokens=tokens)
+        assert kvc.parse(kvc.build(meta, 10, 0)).meta == meta
+    for meta in (whole_meta(0, tokens=0), whole_meta(300, 44), whole_meta(256, tokens=255)):
+        assert flaw_of(kvc.build(meta, 10, 0)) is Flaw.MALFORMED
+    block = replace(whole_meta(256), whole=False)
+    for found, wanted in ((block, True), (whole_meta(256), False)):
+        expected = Expected(
+            found.key, found.parent, found.namespace, 0, found.token_bytes, whole=wanted
+        )
+        with pytest.raises(KvcError, match="parent_mismatch"):
+            expected.check(found)
+
+
 def change(at: int, value: bytes) -> bytes:
     prefix = kvc.build(META, 10, 0)
     return forge(prefix[:at] + value + prefix[at + len(value) :])
@@ -184,7 +212,9 @@ def without(tag: int) -> bytes:
         (change(4, b"\x1e"), Flaw.UNKNOWN_QUANT_BYTE),
         (change(4, b"\x02"), Flaw.MALFORMED),
         (change(5, b"\x06"), Flaw.UNKNOWN_SAVE_REASON),
-        (change(6, b"\x02"), Flaw.BAD_HEADER),
+        (change(6, b"\x02"), Flaw.MALFORMED),
+        (change(6, b"\x03"), Flaw.BAD_HEADER),
+        (change(6, b"\x04"), Flaw.BAD_HEADER),
         (change(8, b"\xff\xff\xff\xff"), Flaw.MALFORMED),
         (change(16, b"\x00\x01\x00\x00"), Flaw.MALFORMED),
         (change(20, b"\xff\xff\xff\xff"), Flaw.BAD_HEADER),

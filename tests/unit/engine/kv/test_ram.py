@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.engine.kv.ram import OVERHEAD_BYTES, RamTier, common_prefix, worth
 from services.engine.kv.store import SavedBlock
-from tests.support.kv import NAMESPACE, chain_of, prompt_of
+from tests.support.kv import NAMESPACE, chain_of, prompt_of, whole_of
 
 STATE = 10_000
 SIZE = STATE + OVERHEAD_BYTES
@@ -49,6 +49,17 @@ def test_a_chain_is_found_up_to_its_first_hole() -> None:
     assert ram.chain(keys_of(blocks)) == blocks[:2]
     assert ram.chain(keys_of(blocks[2:])) == []
     assert ram.bytes == 3 * SIZE
+
+
+def test_whole_states_stand_beside_each_other_and_tell_their_lengths() -> None:
+    """A longer one takes no shorter one's place; the lengths are those of the last that came."""
+    prompt = prompt_of(1, 900)
+    states = [whole_of(prompt, end, state_bytes=STATE) for end in (300, 512, 700)]
+    ram = filled(RamTier(10 * SIZE), states)
+    assert all(ram.chain([state.key]) == [state] for state in states)
+    assert (ram.whole_lengths(10), ram.whole_lengths(2)) == ({300, 512, 700}, {512, 700})
+    blocks = filled(RamTier(10 * SIZE), chain_of(prompt, state_bytes=STATE))
+    assert blocks.whole_lengths(10) == set()
 
 
 def test_states_are_not_copied() -> None:

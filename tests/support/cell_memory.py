@@ -8,10 +8,12 @@ from services.engine.sequence import Piece, Sequence
 
 
 class PlainMemory:
-    """Each slot is a list of cells; a cell is used while a list has it. `refuse` makes every join fail."""
+    """Each slot is a list of cells; a cell is used while a list has it. `refuse` makes every join fail; with `whole`, state
+    cannot be cut."""
 
-    def __init__(self, slots: int, cells: int) -> None:
+    def __init__(self, slots: int, cells: int, *, whole: bool = False) -> None:
         self.total = cells
+        self.whole = whole
         self.refuse = False
         self.packs = 0
         self.joins = 0
@@ -37,11 +39,16 @@ class PlainMemory:
         """Cells of two slots."""
         assert not self._slots[target], "only an empty slot takes over"
         assert len(self._slots[source]) >= end
+        assert not self.whole or len(self._slots[source]) == end, "all of it"
         self._slots[target] = self._slots[source][:end]
 
     def clear(self, slot: int) -> None:
         """Empties a slot."""
         self._slots[slot] = []
+
+    def prefilled(self, sequence: Sequence[str]) -> None:
+        """A chunk is computed: nothing is saved here."""
+        assert len(self._slots[sequence.slot]) == sequence.computed
 
     def pack(self, sequence: Sequence[str], most_bytes: int) -> list[Piece]:
         """The tokens, four bytes each."""
@@ -58,6 +65,8 @@ class PlainMemory:
         state = array("i", bytes(saved.state))
         assert self.used + len(state) <= self.total, "the scratch sequence has its cells"
         assert saved.start <= sequence.computed < end <= saved.end
+        if self.whole:
+            assert (sequence.computed, end) == (0, len(state)), "as it is, into an empty slot"
         if self.refuse:
             return False
         for position in range(sequence.computed, end):
@@ -69,4 +78,4 @@ def piece(tokens: list[int], start: int = 0, *, saved: bool = False, beyond: int
     """State of these tokens, which begin at position `start`, and of `beyond` others that are of no use."""
     end = start + len(tokens)
     state = memoryview(array("i", [*tokens, *[-1] * beyond]).tobytes())
-    return Piece(start, end, end + beyond, state, saved)
+    return Piece(start, end, end + beyond, state, b"key" if saved else b"")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
+from caravan.coordinator.v1 import deployment_service_pb2_grpc as deployment_grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.deployments_servicer import DeploymentServicer
 from services.coordinator.limits import Limits
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.routing import LeastLoaded, Policy
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.state import CoordinatorState
 from services.runtime.channel import open_channel
-from services.runtime.clock import CountingIds, ManualClock
+from services.runtime.clock import CountingIds, IdSource, ManualClock
 from services.runtime.errors import CaravanError, from_rpc_error
 from services.runtime.server import ServiceServer
 from services.runtime.telemetry import NoTracing, Tracing
@@ -45,8 +49,11 @@ async def refused(call: Awaitable[object]) -> CaravanError:
     raise AssertionError("the call was not refused")
 
 
+_LIVES = itertools.count(1)
+
+
 class EnginePeer:
-    """The engine's side of JoinEngine."""
+    """The engine's side of JoinEngine. Each is another life of its engine, unless it is told which one."""
 
     def __init__(
         self,
@@ -54,10 +61,13 @@ class EnginePeer:
         engine_id: str,
         model: str = "demo",
         address: str = "127.0.0.1:7010",
+        incarnation: str = "",
     ) -> None:
         self._call = stub.JoinEngine()
         self.address = address
         self.engine_id = engine_id
+        self.revision = ""
+        self.incarnation = incarnation or f"{engine_id}-life-{next(_LIVES)}"
         self.model = engine_pb.ModelInfo(name=model, max_sequences=2, context_tokens=512)
 
     async def join(self, phase: engine_pb.EnginePhase.ValueType = IDLE) -> pb.EngineWelcome:
@@ -67,6 +77,8 @@ class EnginePeer:
             address=self.address,
             model=self.model,
             load=engine_pb.EngineLoad(phase=phase),
+            incarnation=self.incarnation,
+            revision=self.revision,
         )
         await self._call.write(pb.JoinEngineRequest(register=registration))
         response = await self.receive()
@@ -86,6 +98,12 @@ class EnginePeer:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             response = await self._call.read()
         assert isinstance(response, pb.JoinEngineResponse), "the stream ended"
+        return response
+
+    async def command(self) -> pb.JoinEngineResponse:
+        """The next message that is no cancel."""
+        while (response := await self.receive()).WhichOneof("message") == "cancel":
+            pass
         return response
 
     async def cancelled_request(self) -> str:
@@ -119,13 +137,13 @@ class GatewayPeer:
         self._stub = stub
         self.gateway_id = gateway_id
 
-    async def join(self) -> pb.JoinGatewayResponse:
-        """Joins; returns when the coordinator has taken it."""
-        return await self.beat()
+    async def join(self, held: Sequence[pb.HeldLease] = ()) -> pb.JoinGatewayResponse:
+        """Joins, with leases of before; returns when the coordinator has taken it."""
+        return await self.beat(held)
 
-    async def beat(self) -> pb.JoinGatewayResponse:
+    async def beat(self, held: Sequence[pb.HeldLease] = ()) -> pb.JoinGatewayResponse:
         """Sends a heartbeat and awaits the answer."""
-        await self._call.write(pb.JoinGatewayRequest(gateway_id=self.gateway_id))
+        await self._call.write(pb.JoinGatewayRequest(gateway_id=self.gateway_id, held=held))
         async with asyncio.timeout(CALL_TIMEOUT_S):
             response = await self._call.read()
         assert isinstance(response, pb.JoinGatewayResponse), "the stream ended"
@@ -185,6 +203,8 @@ class Coordinator:
     clock: ManualClock
     server: ServiceServer
     stub: pb_grpc.CoordinatorServiceAsyncStub
+    address: str
+    deployments: deployment_grpc.DeploymentServiceAsyncStub
 
     def metric(self, name: str, **labels: str) -> float:
         """The value of a series at this moment."""
@@ -193,19 +213,39 @@ class Coordinator:
         return value
 
     async def engine(
-        self, engine_id: str = "engine-0", model: str = "demo", max_sequences: int = 2
+        self,
+        engine_id: str = "engine-0",
+        model: str = "demo",
+        max_sequences: int = 2,
+        incarnation: str = "",
     ) -> EnginePeer:
         """An engine that has joined."""
-        peer = EnginePeer(self.stub, engine_id, model)
+        peer = EnginePeer(self.stub, engine_id, model, incarnation=incarnation)
         peer.model.max_sequences = max_sequences
         await peer.join()
         return peer
 
-    async def gateway(self, gateway_id: str = "gateway-0") -> GatewayPeer:
-        """A gateway that has joined."""
+    async def gateway(
+        self, gateway_id: str = "gateway-0", held: Sequence[pb.HeldLease] = ()
+    ) -> GatewayPeer:
+        """A gateway that has joined, with leases of before."""
         peer = GatewayPeer(self.stub, gateway_id)
-        await peer.join()
+        await peer.join(held)
         return peer
+
+    async def pass_time(self, seconds: int, *speaking: EnginePeer | GatewayPeer) -> None:
+        """Second by second, in which these peers speak and the sweeper runs."""
+        for _ in range(seconds):
+            self.clock.advance(1)
+            for peer in speaking:
+                if isinstance(peer, GatewayPeer):
+                    await peer.beat()
+                    continue
+                await peer.report(engine_pb.EngineLoad(phase=IDLE))
+                record = self.state.engines.find(peer.engine_id)
+                assert record is not None
+                await until(lambda told=record: told.reported_at == self.clock.now)  # type: ignore[misc]
+            self.servicer.expire()
 
 
 @asynccontextmanager
@@ -213,23 +253,35 @@ async def running_coordinator(
     limits: Limits | None = None,
     tracing: Tracing | None = None,
     new_policy: Callable[[], Policy] = LeastLoaded,
+    deployments_state: Path | None = None,
+    address: str = "127.0.0.1:0",
+    ids: IdSource | None = None,
 ) -> AsyncIterator[Coordinator]:
-    """A coordinator whose clock stands still; the test moves it and calls `servicer.expire()`."""
+    """A coordinator whose clock stands still; the test moves it and calls `servicer.expire()`. Ids are counted by default."""
     clock = ManualClock()
     state = CoordinatorState(limits or Limits(), new_policy)
     registry = CollectorRegistry()
     servicer = CoordinatorServicer(
-        state, CoordinatorMetrics(registry, state), tracing or NoTracing(), clock, CountingIds()
+        state,
+        CoordinatorMetrics(registry, state),
+        tracing or NoTracing(),
+        clock,
+        ids or CountingIds(),
     )
-    server = ServiceServer("127.0.0.1:0", [], drain_grace_s=0)
+    server = ServiceServer(address, [], drain_grace_s=0)
     pb_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.services)
+    deployments = DeploymentServicer(state.deployments, servicer.perform, clock, deployments_state)
+    deployment_grpc.add_DeploymentServiceServicer_to_server(deployments, server.services)
     port = await server.start()
-    async with open_channel(f"127.0.0.1:{port}") as channel:
+    address = f"127.0.0.1:{port}"
+    async with open_channel(address) as channel:
         stub = pb_grpc.CoordinatorServiceStub(channel)
+        deploying = deployment_grpc.DeploymentServiceStub(channel)
         try:
-            yield Coordinator(state, servicer, registry, clock, server, stub)
+            yield Coordinator(state, servicer, registry, clock, server, stub, address, deploying)
             state.check_integrity()
         finally:
+            deployments.drain()
             await server.drain_and_stop()
     await until(lambda: not servicer._outboxes)
     assert len(state.leases) + len(state.engines) + len(state.gateways) == 0  # I6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from services.engine.kv.keys import BLOCK_TOKENS, Namespace
+from services.engine.kv.keys import BLOCK_TOKENS, Namespace, prefix_keys
 from services.engine.kv.store import SavedBlock, SaveReason
 
 NAMESPACE = Namespace(b"\xaa" * 32, 1, b"\xbb" * 32)
@@ -53,3 +53,26 @@ def chain_of(
         )
         parent = key
     return blocks
+
+
+def whole_of(
+    tokens: Sequence[int],
+    end: int,
+    *,
+    namespace: Namespace = NAMESPACE,
+    state_bytes: int = 2_000,
+    reason: SaveReason = SaveReason.FINISH,
+) -> SavedBlock:
+    """The state of the first `end` tokens, of a model whose state cannot be cut."""
+    (key,) = prefix_keys(namespace, tokens, [end])
+    return SavedBlock(
+        key=key,
+        parent=namespace.root_key(),
+        start=0,
+        end=end,
+        tokens=tuple(tokens[max(0, end - BLOCK_TOKENS) : end]),
+        partial=False,
+        reason=reason,
+        state=state_of(key, state_bytes),
+        whole=True,
+    )

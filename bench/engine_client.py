@@ -35,6 +35,8 @@ class TokenAnswer(Answer):
     """An answer with its tokens, and with what was reused of the prompt."""
 
     token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     cache_hit: int = 0
 
@@ -54,8 +56,10 @@ async def _read(events: AsyncIterable[Any]) -> TokenAnswer:
             if event.delta.text or event.delta.token_ids:
                 answer.times.append(time.perf_counter())
             answer.token_ids += event.delta.token_ids
+            answer.text += event.delta.text
         elif kind == "finished":
             answer.completion_tokens = event.finished.usage.completion_tokens
+            answer.prompt_tokens = event.finished.usage.prompt_tokens
             answer.cached_tokens = event.finished.usage.cached_tokens
             answer.cache_hit = event.finished.cache_hit
     return answer
@@ -112,6 +116,18 @@ class PublicClient:
         """Answers a message with exactly `tokens` tokens."""
         request = inference_service_pb2.ChatRequest(
             model=model, prompt=chat(prompt), stop=stop_after(tokens)
+        )
+        return await _read(self._stub.Chat(request))
+
+    async def converse(
+        self, model: str, messages: Sequence[chat_pb2.ChatMessage], tokens: int
+    ) -> TokenAnswer:
+        """Answers a conversation, greedily, with exactly `tokens` tokens."""
+        request = inference_service_pb2.ChatRequest(
+            model=model,
+            prompt=chat_pb2.ChatPrompt(messages=messages),
+            sampling=GREEDY,
+            stop=stop_after(tokens),
         )
         return await _read(self._stub.Chat(request))
 

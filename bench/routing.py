@@ -14,7 +14,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -140,23 +140,32 @@ async def pairs(address: str, pid: int, count: int) -> Pairs:
     """Routes and releases, with an engine and a gateway that stay joined."""
     async with open_channel(address) as channel:
         stub: pb_grpc.CoordinatorServiceAsyncStub = pb_grpc.CoordinatorServiceStub(channel)
-        engine = stub.JoinEngine()
-        registration = pb.EngineRegistration(
-            engine_id="engine-0",
-            address="127.0.0.1:1",
-            model=engine_pb.ModelInfo(name="demo", max_sequences=2 * UNDER_WAY),
-            load=_IDLE,
-        )
-        gateway = stub.JoinGateway()
-        await gateway.write(pb.JoinGatewayRequest(gateway_id="gateway"))
-        await engine.write(pb.JoinEngineRequest(register=registration))
-        await gateway.read()
-        await engine.read()
-        beating = asyncio.create_task(_beat(engine, gateway))
-        found = await _drive(stub, pid, count)
+        async with joined(stub):
+            return await _drive(stub, pid, count)
+
+
+@contextlib.asynccontextmanager
+async def joined(stub: pb_grpc.CoordinatorServiceAsyncStub) -> AsyncIterator[None]:
+    """An engine with room for all that is under way, and a gateway called `gateway`, joined until the block ends."""
+    engine = stub.JoinEngine()
+    registration = pb.EngineRegistration(
+        engine_id="engine-0",
+        incarnation="engine-0-1",
+        address="127.0.0.1:1",
+        model=engine_pb.ModelInfo(name="demo", max_sequences=2 * UNDER_WAY),
+        load=_IDLE,
+    )
+    gateway = stub.JoinGateway()
+    await gateway.write(pb.JoinGatewayRequest(gateway_id="gateway"))
+    await engine.write(pb.JoinEngineRequest(register=registration))
+    await gateway.read()
+    await engine.read()
+    beating = asyncio.create_task(_beat(engine, gateway))
+    try:
+        yield
+    finally:
         beating.cancel()
         await asyncio.wait([beating])
-    return found
 
 
 async def _beat(

@@ -16,9 +16,9 @@ from services.runtime.settings import SettingsError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parser().parse_args(arguments)
-    commands = {"up": _up, "chat": _chat, "cache": _cache}
+    commands = {"up": _up, "chat": _chat, "cache": _cache, "deploy": _deploy}
     try:
-        return commands[options.command](options)
+        return commands.get(options.command, _on_call)(options)
     except KeyboardInterrupt:
         return 130
 
@@ -28,7 +28,8 @@ def _up(options: argparse.Namespace) -> int:
     from services.cli.display import Display
     from services.cli.model_sources import ModelSource
     from services.cli.plan import UpOptions
-    from services.cli.up import DEMO_MODEL, WRONG_USE, up
+    from services.cli.prepare import DEMO_MODEL, WRONG_USE
+    from services.cli.up import up
 
     display = Display(sys.stdout)
     try:
@@ -36,14 +37,19 @@ def _up(options: argparse.Namespace) -> int:
     except SettingsError as error:
         display.say(f"caravan up: {error}")
         return WRONG_USE
-    models = tuple(options.models) or (ModelSource("demo", str(DEMO_MODEL)),)
+    models: tuple[ModelSource, ...] = tuple(options.models)
+    if options.deployments is None:
+        models = models or (ModelSource("demo", str(DEMO_MODEL)),)
+    elif options.engines is not None:
+        options.refuse("--engines goes with --model; a deployment has `replicas`")
     wanted = UpOptions(
         port=options.port,
         models=models,
-        engines=options.engines,
+        engines=options.engines or 1,
         state_dir=Path(options.state_dir).absolute(),
         threads=options.threads,
         cache=options.cache,
+        deployments=options.deployments and options.deployments.absolute(),
     )
     return up(wanted, settings, environment(), SystemClock(), display)
 
@@ -71,6 +77,18 @@ def _cache(options: argparse.Namespace) -> int:
         print(f"caravan cache: {error}", file=sys.stderr)
         return error.code
     return cache.OK
+
+
+def _deploy(options: argparse.Namespace) -> int:
+    from services.cli import deploy
+
+    return deploy.run(options)
+
+
+def _on_call(options: argparse.Namespace) -> int:
+    from services.cli import oncall
+
+    return oncall.run(options)
 
 
 if __name__ == "__main__":

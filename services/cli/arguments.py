@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from services.cli import model_sources, ports
+from services.cli import deploy_arguments, model_sources, oncall_arguments, ports
 from services.runtime.settings import byte_size
 
 _KEY: Final = re.compile(r"[0-9a-fA-F]{1,64}")
@@ -44,6 +44,8 @@ def parser() -> argparse.ArgumentParser:
     _add_up(commands)
     _add_chat(commands)
     _add_cache(commands)
+    deploy_arguments.add(commands)
+    oncall_arguments.add(commands)
     return top
 
 
@@ -61,7 +63,9 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         default=ports.DEFAULT_PUBLIC,
         help="public port, REST and gRPC (default: %(default)s)",
     )
-    up.add_argument(
+    up.set_defaults(refuse=up.error)
+    served = up.add_mutually_exclusive_group()
+    served.add_argument(
         "--model",
         type=_model,
         action="append",
@@ -70,12 +74,19 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         dest="models",
         help="serve this GGUF file under this name; may be repeated (default: the demo model as `demo`)",
     )
+    served.add_argument(
+        "--deployments",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="serve what this file of deployments says; see `caravan deploy`",
+    )
     up.add_argument(
         "--engines",
         type=_count,
-        default=1,
+        default=None,
         metavar="N",
-        help="engines per model (default: %(default)s)",
+        help="engines of each --model (default: 1)",
     )
     up.add_argument(
         "--threads",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from typing import Final, TextIO
 
 from services.cli.plan import Plan
 
@@ -51,32 +51,46 @@ class Display:
             self._out.flush()
 
 
-def ready_text(plan: Plan, served: tuple[str, ...]) -> str:
-    """What to print when it is ready: where it is and how to use it. `served` are the models that can be asked for."""
-    model = served[0]
-    count = plan.options.engines
-    engines = f"{count} engine{'s' if count > 1 else ''}{' each' if len(served) > 1 else ''}"
+_END: Final = "Ctrl-C finishes what runs and stops everything."
+
+
+def ready_text(plan: Plan, served: Mapping[str, int]) -> str:
+    """What to print when it is ready: where it is and how to use it. `served` are the engines of each model that answers."""
+    if not served:
+        return f"{_where(plan, 'none yet: `caravan deploy FILE` adds some')}\n{_END}"
+    counts = set(served.values())
+    alike = len(counts) == 1
+    count = counts.pop() if alike else sum(served.values())
+    each = " each" if alike and len(served) > 1 else ""
+    models = f"{', '.join(served)}  ({count} engine{'s' if count > 1 else ''}{each})"
+    return f"{_where(plan, models)}\n{_examples(plan.url, next(iter(served)))}\n{_END}"
+
+
+def _where(plan: Plan, models: str) -> str:
     return f"""\
 Caravan is ready.
 
   OpenAI API  {plan.url}/v1
   gRPC        127.0.0.1:{plan.ports.public}  (caravan.inference.v1.InferenceService; reflection is on)
-  models      {", ".join(served)}  ({engines})
+  models      {models}
   state       {plan.options.state_dir}  (endpoints.json, logs/)
+"""
 
+
+def _examples(url: str, model: str) -> str:
+    return f"""\
 Try it:
 
-  curl {plan.url}/v1/chat/completions -H 'content-type: application/json' \\
+  curl {url}/v1/chat/completions -H 'content-type: application/json' \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello, who are you?"}}]}}'
 
 In Python, with `pip install openai`:
 
   from openai import OpenAI
-  client = OpenAI(base_url="{plan.url}/v1", api_key="none")
+  client = OpenAI(base_url="{url}/v1", api_key="none")
   answer = client.chat.completions.create(
       model="{model}", messages=[{{"role": "user", "content": "Tell me a story."}}], stream=True
   )
   for chunk in answer:
       print(chunk.choices[0].delta.content or "", end="", flush=True)
-
-Ctrl-C finishes what runs and stops everything."""
+"""

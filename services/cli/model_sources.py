@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 SCRIPTED: Final = "scripted:"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 _GGUF_MAGIC: Final = b"GGUF"
 _GGUF_HEADER_BYTES: Final = 24
 
@@ -37,7 +37,7 @@ def parse(text: str) -> ModelSource:
         raise ModelSourceError(f"{text!r} is not NAME=PATH")
     if not _NAME.fullmatch(name):
         raise ModelSourceError(
-            f"{name!r} is not a model name: letters, digits and ._:/@+- after a first letter or digit, at most 128"
+            f"{name!r} is not a model name: letters, digits and ._:/- after a first letter or digit, at most 128"
         )
     if source.startswith(SCRIPTED):
         return ModelSource(name, source)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from services.cli.fleet import Wanted, engine_threads
 from services.cli.model_sources import ModelSource
-from services.cli.ports import Ports
+from services.cli.ports import EngineListens, Ports
 from services.cli.settings import UpSettings
 
 Kind = Literal["coordinator", "cache", "engine", "gateway", "envoy"]
@@ -47,7 +48,7 @@ class UpOptions:
     """What the user asked for.
 
     `engines` is per model; `threads` None leaves the choice to `engine_threads`; without `cache` no KV block is shared between
-    engines or kept on disk.
+    engines or kept on disk. Where `deployments` names a file, there are no models.
     """
 
     port: int
@@ -56,6 +57,17 @@ class UpOptions:
     state_dir: Path
     threads: int | None = None
     cache: bool = True
+    deployments: Path | None = None
+
+    @property
+    def deployments_file(self) -> Path:
+        """The deployments to start with; where models were given, the file that says so."""
+        return self.deployments or self.state_dir / "models.toml"
+
+    @property
+    def applied(self) -> Path:
+        """Where the coordinator keeps what is applied while this runs."""
+        return self.state_dir / "deployments.json"
 
     @property
     def kv_folder(self) -> Path:
@@ -65,7 +77,7 @@ class UpOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """All processes, in the order of their start."""
+    """All processes but the engines, in the order of their start."""
 
     options: UpOptions
     ports: Ports
@@ -83,55 +95,61 @@ class Plan:
         return tuple(process for process in self.processes if process.kind == kind)
 
 
-def engine_threads(options: UpOptions, cores: int) -> int | None:
-    """Compute threads of each engine that has a real model; None leaves it to the engine, which takes all cores.
-
-    llama.cpp's threads wait for each other at barriers, so engines that share cores slow each other by much more than their
-    share: several engines split the cores.
-    """
-    if options.threads is not None:
-        return options.threads
-    real = sum(options.engines for model in options.models if not model.scripted)
-    return None if real <= 1 else max(1, cores // real)
-
-
 def make_plan(
-    options: UpOptions, settings: UpSettings, ports: Ports, install: Installation, cores: int
+    options: UpOptions, settings: UpSettings, ports: Ports, install: Installation
 ) -> Plan:
-    """The plan for these options. `cores` are the processors that may be used."""
+    """The plan for these options."""
     front = settings.front_niceness
     coordinator = f"127.0.0.1:{ports.coordinator}"
-    shared = {"COORDINATOR": coordinator, **_kv_values(options, settings, ports)}
-    threads = engine_threads(options, cores)
 
     def service(kind: Kind, listens: tuple[int, int], values: Mapping[str, str]) -> ProcessPlan:
-        return _service(install, settings, kind, listens, values)
+        return replace(_service(install, settings, kind, listens, values), niceness=front)
 
-    processes = [service("coordinator", (ports.coordinator, ports.coordinator_metrics), {})]
+    told = {"DEPLOYMENTS": str(options.deployments_file), "DEPLOYMENTS_STATE": str(options.applied)}
+    if options.cache:
+        told["CACHE"] = f"127.0.0.1:{ports.cache}"
+    processes = [service("coordinator", (ports.coordinator, ports.coordinator_metrics), told)]
     if options.cache:
         processes.append(service("cache", (ports.cache, ports.cache_metrics), {}))
-    served = [model for model in options.models for _ in range(options.engines)]
-    for index, model in enumerate(served):
-        values = {
-            "ID": f"engine-{index}",
-            "MODEL": f"{model.name}={model.source}",
-            **shared,
-        }
-        if threads is not None and not model.scripted:
-            values["THREADS"] = str(threads)
-        listens = (ports.engines[index], ports.engine_metrics[index])
-        engine = service("engine", listens, values)
-        processes.append(replace(engine, name=values["ID"], model=model.name))
     gateway = (ports.gateway, ports.gateway_metrics)
     processes.append(service("gateway", gateway, {"COORDINATOR": coordinator}))
     envoy_config = options.state_dir / "envoy.yaml"
-    processes.append(_envoy(settings, ports, install, envoy_config))
-    processes = [
-        planned if planned.kind == "engine" else replace(planned, niceness=front)
-        for planned in processes
-    ]
+    processes.append(replace(_envoy(settings, ports, install, envoy_config), niceness=front))
     access_log = options.state_dir / "logs" / "access.log"
     return Plan(options, ports, envoy_config, access_log, tuple(processes))
+
+
+@dataclass(frozen=True)
+class EnginePlanner:
+    """Plans engines. `cores` are the processors that may be used."""
+
+    options: UpOptions
+    settings: UpSettings
+    ports: Ports
+    install: Installation
+    cores: int
+
+    def plan(
+        self, wanted: Wanted, everything: Collection[Wanted], listens: EngineListens
+    ) -> ProcessPlan:
+        """One engine of a deployment, beside those of all deployments."""
+        values = {
+            "ID": f"engine-{listens.number}",
+            "MODEL": f"{wanted.name}={wanted.model}",
+            "REVISION": wanted.revision,
+            "COORDINATOR": f"127.0.0.1:{self.ports.coordinator}",
+            **_kv_values(self.options, self.settings, self.ports),
+        }
+        numbers = {
+            "CONTEXT_TOKENS": wanted.context_tokens,
+            "MAX_SEQUENCES": wanted.max_sequences,
+            "THREADS": engine_threads(wanted, everything, self.options.threads, self.cores),
+        }
+        values |= {key: str(number) for key, number in numbers.items() if number}
+        planned = _service(
+            self.install, self.settings, "engine", (listens.port, listens.metrics), values
+        )
+        return replace(planned, name=values["ID"], model=wanted.name)
 
 
 def _kv_values(options: UpOptions, settings: UpSettings, ports: Ports) -> dict[str, str]:

@@ -6,6 +6,7 @@ import errno
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 DEFAULT_PUBLIC: Final = 8080
@@ -13,10 +14,15 @@ TAKEN: Final = "is taken"
 ENGINES_MAX: Final = 90
 """Engines of one `caravan up`; their default ports stay below those of the next process."""
 
+ENGINES_PER_MODEL_MAX: Final = 64
+"""What a deployment may have."""
+
 # Free ports are looked for below the range from which Linux takes the local ports of outgoing connections (32768 and up):
 # there, a connection could take the port of a process that is being restarted.
 _POOL_START: Final = 20_000
 _POOL_SIZE: Final = 10_000
+_ENGINES_START: Final = 7010
+_ENGINE_METRICS_START: Final = 9110
 
 
 class NoFreePortError(Exception):
@@ -65,8 +71,8 @@ def default_ports(engines: int) -> Ports:
         coordinator_metrics=9102,
         cache=7003,
         cache_metrics=9103,
-        engines=tuple(7010 + index for index in range(engines)),
-        engine_metrics=tuple(9110 + index for index in range(engines)),
+        engines=tuple(_ENGINES_START + index for index in range(engines)),
+        engine_metrics=tuple(_ENGINE_METRICS_START + index for index in range(engines)),
     )
 
 
@@ -75,20 +81,9 @@ def pick_ports(public: int, engines: int, is_free: Callable[[int], bool]) -> Por
 
     Two stacks with different public ports so look in different places. Raises NoFreePortError.
     """
-    offset = public * 61 % _POOL_SIZE
-    pool = (_POOL_START + (offset + step) % _POOL_SIZE for step in range(_POOL_SIZE))
-    free = (port for port in pool if port != public and is_free(port))
-
-    def take(count: int) -> tuple[int, ...]:
-        taken = tuple(port for _, port in zip(range(count), free, strict=False))
-        if len(taken) < count:
-            raise NoFreePortError(
-                f"no free ports within {_POOL_START} to {_POOL_START + _POOL_SIZE - 1}"
-            )
-        return taken
-
-    admin, gateway, gateway_metrics, coordinator, coordinator_metrics, cache, cache_metrics = take(
-        7
+    free = (port for port in _pool(public) if port != public and is_free(port))
+    admin, gateway, gateway_metrics, coordinator, coordinator_metrics, cache, cache_metrics = _take(
+        free, 7
     )
     return Ports(
         public=public,
@@ -99,9 +94,68 @@ def pick_ports(public: int, engines: int, is_free: Callable[[int], bool]) -> Por
         coordinator_metrics=coordinator_metrics,
         cache=cache,
         cache_metrics=cache_metrics,
-        engines=take(engines),
-        engine_metrics=take(engines),
+        engines=_take(free, engines),
+        engine_metrics=_take(free, engines),
     )
+
+
+@dataclass(frozen=True)
+class EngineListens:
+    """The number of an engine, and its ports."""
+
+    number: int
+    port: int
+    metrics: int
+
+
+class EnginePorts:
+    """The ports of the engines that run, by number: those of `ports` first, and then as free ones as those."""
+
+    def __init__(self, ports: Ports, is_free: Callable[[int], bool]) -> None:
+        self._ports = ports
+        self._is_free = is_free
+        self._taken: dict[int, EngineListens] = {}
+
+    def take(self) -> EngineListens:
+        """The lowest number that is not in use, with ports that are free. Raises NoFreePortError."""
+        for number in range(ENGINES_MAX):
+            listens = None if number in self._taken else self._listens(number)
+            if listens is not None:
+                self._taken[number] = listens
+                return listens
+        raise NoFreePortError(f"one machine gets {ENGINES_MAX} engines at most")
+
+    def give_back(self, number: int) -> None:
+        """The engine has ended."""
+        del self._taken[number]
+
+    def _listens(self, number: int) -> EngineListens | None:
+        ports = self._ports
+        if number < len(ports.engines):
+            pair = (ports.engines[number], ports.engine_metrics[number])
+        elif ports.public == DEFAULT_PUBLIC:
+            pair = (_ENGINES_START + number, _ENGINE_METRICS_START + number)
+        else:
+            used = {port for _, port in ports.named()}
+            used |= {port for each in self._taken.values() for port in (each.port, each.metrics)}
+            free = (p for p in _pool(ports.public) if p not in used and self._is_free(p))
+            return EngineListens(number, *_take(free, 2))
+        return EngineListens(number, *pair) if all(map(self._is_free, pair)) else None
+
+
+def _pool(public: int) -> Iterator[int]:
+    """Ports to look at, from a place that depends on the public one."""
+    offset = public * 61 % _POOL_SIZE
+    return (_POOL_START + (offset + step) % _POOL_SIZE for step in range(_POOL_SIZE))
+
+
+def _take(free: Iterator[int], count: int) -> tuple[int, ...]:
+    taken = tuple(islice(free, count))
+    if len(taken) < count:
+        raise NoFreePortError(
+            f"no free ports within {_POOL_START} to {_POOL_START + _POOL_SIZE - 1}"
+        )
+    return taken
 
 
 def listen_error(port: int) -> str | None:

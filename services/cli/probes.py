@@ -27,15 +27,17 @@ _SERVING_PHASES: Final = frozenset(
 
 
 class Probes:
-    """Channels to the processes of a plan."""
+    """Channels to the coordinator of a plan and to engines."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._channels = {
-            planned.name: open_channel(planned.address)
-            for planned in plan.processes
-            if planned.kind in {"engine", "coordinator"}
-        }
+        # By address: as many as there are ports for engines.
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def _channel(self, planned: ProcessPlan) -> grpc.aio.Channel:
+        if planned.address not in self._channels:
+            self._channels[planned.address] = open_channel(planned.address)
+        return self._channels[planned.address]
 
     async def close(self) -> None:
         """Closes the channels."""
@@ -43,7 +45,7 @@ class Probes:
 
     async def engine(self, planned: ProcessPlan) -> EngineView:
         """The state of an engine; STARTING where it does not answer."""
-        stub = engine_grpc.EngineServiceStub(self._channels[planned.name])
+        stub = engine_grpc.EngineServiceStub(self._channel(planned))
         try:
             status = await stub.GetStatus(engine_pb.GetStatusRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:
@@ -56,7 +58,8 @@ class Probes:
 
     async def routable_models(self) -> frozenset[str]:
         """Models for which the coordinator has a ready engine; none where it does not answer."""
-        stub = coordinator_grpc.CoordinatorServiceStub(self._channels["coordinator"])
+        (coordinator,) = self._plan.of_kind("coordinator")
+        stub = coordinator_grpc.CoordinatorServiceStub(self._channel(coordinator))
         try:
             answer = await stub.ListModels(coordinator_pb.ListModelsRequest(), timeout=_TIMEOUT_S)
         except grpc.aio.AioRpcError:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from services.cli.plan import Plan
+from services.cli.fleet import Wanted
+from services.cli.plan import ProcessPlan
 
 TRIES_MAX: Final = 5
 """Deaths in a row before the first READY after which a process counts as unable to start."""
@@ -42,7 +43,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows. `failed` are models that cannot become ready, each with the reason."""
+    """What follows. `failed` are deployments that cannot become ready, each with the reason."""
 
     ready: bool
     failed: Mapping[str, str]
@@ -50,37 +51,45 @@ class Verdict:
 
     @property
     def hopeless(self) -> bool:
-        """Whether no model can become ready."""
+        """Whether no deployment can become ready."""
         return bool(self.failed) and not self.ready and not self.waiting
 
 
-def judge(plan: Plan, seen: Seen) -> Verdict:
-    """READY is: Envoy's health check passes, and each model has a ready engine or is known to be unable to get one."""
+def judge(
+    wanted: Collection[Wanted] | None, engines: Collection[ProcessPlan], seen: Seen
+) -> Verdict:
+    """READY is: Envoy's health check passes, and each deployment has a ready engine or is known to be unable to get one.
+
+    `wanted` is None until the coordinator has told it; `engines` are those of the current revisions.
+    """
+    if wanted is None:
+        return Verdict(ready=False, failed={}, waiting=("the coordinator",))
     failed: dict[str, str] = {}
     waiting: list[str] = []
-    for model in plan.options.models:
-        if model.name in seen.routable:
+    # Those without replicas wait for engines that others start.
+    awaited = [each.name for each in wanted if each.replicas]
+    for name in awaited:
+        if name in seen.routable:
             continue
-        engines = [planned for planned in plan.of_kind("engine") if planned.model == model.name]
-        views = [seen.engines.get(planned.name, EngineView()) for planned in engines]
-        if all(view.phase is Phase.FAILED for view in views):
-            failed[model.name] = views[0].failure
+        views = [seen.engines.get(e.name, EngineView()) for e in engines if e.model == name]
+        if views and all(view.phase is Phase.FAILED for view in views):
+            failed[name] = views[0].failure
         else:
-            waiting.append(model.name)
-    some_ready = len(failed) < len(plan.options.models)
+            waiting.append(name)
+    some_ready = not awaited or len(failed) < len(awaited)
     ready = seen.door_open and not waiting and some_ready
     if some_ready and not waiting and not seen.door_open:
         waiting.append("the gateway")
     return Verdict(ready, failed, tuple(waiting))
 
 
-def status_line(plan: Plan, seen: Seen, step: float = 0.01) -> str:
+def status_line(engines: Collection[ProcessPlan], seen: Seen, step: float = 0.01) -> str:
     """One line on all engines and the gateway, such as `demo (engine-0) loading 45% · gateway starting`.
 
     The share that is loaded is told in multiples of `step`.
     """
     parts = []
-    for planned in plan.of_kind("engine"):
+    for planned in engines:
         view = seen.engines.get(planned.name, EngineView())
         text = f"{planned.model} ({planned.name}) {view.phase.value}"
         if view.phase is Phase.LOADING:

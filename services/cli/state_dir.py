@@ -76,14 +76,23 @@ class Endpoints:
 
 def address_of(state_dir: Path, name: str) -> str:
     """Where a process of the running `caravan up` listens, host:port. Raises StateDirError."""
+    return _told_of(state_dir, name, "address")
+
+
+def metrics_of(state_dir: Path, name: str) -> str:
+    """URL of the metrics of a process of the running `caravan up`. Raises StateDirError."""
+    return _told_of(state_dir, name, "metrics")
+
+
+def _told_of(state_dir: Path, name: str, what: str) -> str:
     path = state_dir / "endpoints.json"
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))["processes"]
-        addresses = {str(process["name"]): str(process["address"]) for process in listed}
+        found = {str(process["name"]): process for process in listed}
+        if name in found:
+            return str(found[name][what])
     except FileNotFoundError:
         raise StateDirError(f"there is no {path}; is `caravan up` running?") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StateDirError(f"{path} cannot be read: {error}") from error
-    if name not in addresses:
-        raise StateDirError(f"no {name} runs, says {path}")
-    return addresses[name]
+    raise StateDirError(f"no {name} runs, says {path}")

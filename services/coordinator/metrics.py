@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from services.coordinator.deployment_status import State
 from services.coordinator.effects import Effects, Ending
 from services.coordinator.state import CoordinatorState
 from services.runtime.errors import TABLE
@@ -63,6 +64,11 @@ class CoordinatorMetrics:
         Gauge("caravan_gateways", "Gateways that have joined.", registry=registry).set_function(
             lambda: len(state.gateways)
         )
+        deployments = Gauge(
+            "caravan_deployments", "Deployments that are kept.", ["state"], registry=registry
+        )
+        for standing in State:
+            deployments.labels(standing.value).set_function(partial(self._standing, standing))
         registry.register(_Queues(state))
         self._queued = Histogram(
             "caravan_route_queue_seconds",
@@ -93,6 +99,16 @@ class CoordinatorMetrics:
             "Leases that ended because their engine or gateway went away.",
             registry=registry,
         )
+        self._fell_back = Counter(
+            "caravan_route_fallbacks_total",
+            "Leases that were granted by a fallback of the deployment that was asked for.",
+            registry=registry,
+        )
+        self._adopted = Counter(
+            "caravan_leases_adopted_total",
+            "Leases that gateways held of an earlier coordinator or session, and that were taken over.",
+            registry=registry,
+        )
         self._written_off = Counter(
             "caravan_leases_written_off_total",
             "Leases that ended because their engine did not end the request in time after it was asked to.",
@@ -107,9 +123,11 @@ class CoordinatorMetrics:
         for why in Ending:
             self._ended.labels(why.name.lower())
 
-    def count_grant(self, queued_s: float) -> None:
-        """One lease that was granted after `queued_s` seconds in the queue."""
+    def count_grant(self, queued_s: float, *, fell_back: bool) -> None:
+        """One lease that was granted after `queued_s` seconds in the queue, by the deployment asked for or a fallback."""
         self._routes.labels(GRANTED).inc()
+        if fell_back:
+            self._fell_back.inc()
         self._queued.observe(queued_s)
 
     def count_refusal(self, reason: str) -> None:
@@ -122,13 +140,18 @@ class CoordinatorMetrics:
         self._releases.labels(_OUTCOMES.get(outcome, "unspecified")).inc()
 
     def count_effects(self, effects: Effects) -> None:
-        """Leases that were swept or written off, and sessions that were ended."""
+        """Leases that were swept, adopted or written off, and sessions that were ended."""
         if effects.swept:
             self._swept.inc(len(effects.swept))
+        if effects.adopted:
+            self._adopted.inc(len(effects.adopted))
         if effects.written_off:
             self._written_off.inc(len(effects.written_off))
         for ending in effects.endings:
             self._ended.labels(ending.why.name.lower()).inc()
+
+    def _standing(self, state: State) -> int:
+        return sum(kept.status.state is state for kept in self._state.deployments)
 
     def _in_phase(self, phase: int) -> int:
         # A phase that this version does not know is shown as unspecified: labels stay bounded.

@@ -1,7 +1,7 @@
-"""The models that engines have registered, with their queues, and for how long one without an engine stays known.
+"""The models that engines have registered or that have rules, with their queues, and for how long one stays known.
 
 Pure. A model whose engines all went away is remembered for a while, so that clients are told to come back (503) while an
-engine restarts, instead of that the model does not exist (404); and while requests wait for it.
+engine restarts, instead of that the model does not exist (404); and while requests wait for it. One with rules stays.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from services.coordinator.ahead import AheadLine
 from services.coordinator.backpressure import Backpressure
+from services.coordinator.choice import EngineChoice
+from services.coordinator.deployment import Deployment
 from services.coordinator.engines import EngineRecord
 from services.coordinator.routing import Policy
 
@@ -21,22 +24,37 @@ _HOLD_WEIGHT = 0.1  # Share of the newest lease in the mean: about the last twen
 
 @dataclass(slots=True)
 class ModelRecord:
-    """A model: times are in seconds, `created_at` since the epoch, `abandoned_at` monotonic.
+    """A model: times are in seconds, `created_at` since the epoch, 0 before an engine or rules came; `abandoned_at` monotonic.
 
-    The queue's tasks in flight are the leases of the model. `slots` is its limit: the capacities of the ready engines, and the
-    leases that are still held on others or beyond a capacity that shrank; so its room is exactly the room of the engines.
+    The queue's tasks in flight are the leases of the model. `slots` are the capacities of the ready engines, and the leases that
+    are still held on others or beyond a capacity that shrank; so without rules the queue's room is exactly that of the engines.
+    `ahead` are the waiting requests that go before all others. One that is
+    `is_passing` goes as soon as it has no engines and nobody waits: its deployment was removed, or none of its engines has come.
     """
 
     name: str
     created_at: float
     queue: Backpressure
-    policy: Policy
+    choice: EngineChoice
+    ahead: AheadLine = field(default_factory=AheadLine)
     engines: dict[str, EngineRecord] = field(default_factory=dict)
+    rules: Deployment | None = None
+    is_passing: bool = False
     abandoned_at: float | None = None
     lease_mean_s: float | None = None
     ready_engines: int = 0
     slots: int = 0
     _context_tokens: int = 0
+
+    @property
+    def limit(self) -> int:
+        """Most leases at a time: what its engines can take, or less by its rules."""
+        most = 0 if self.rules is None else self.rules.serving.max_concurrent
+        return min(self.slots, most) if most else self.slots
+
+    def can_grant(self, avoid: frozenset[str]) -> bool:
+        """Whether a request that avoids these lives of engines gets a lease now. O(lives that are avoided)."""
+        return self.queue.room > 0 and self.choice.has_room_for(avoid)
 
     @property
     def context_tokens(self) -> int:
@@ -46,28 +64,34 @@ class ModelRecord:
             self._context_tokens = min(known)
         return self._context_tokens
 
+    def set_rules(self, rules: Deployment | None, max_queued: int) -> None:
+        """Takes other rules, or none; `max_queued` is the bound of the queue under them."""
+        self.rules = rules
+        self.is_passing = rules is None
+        self.queue.resize(self.limit, max_queued)
+
     def settle(self, engine: EngineRecord, held: int) -> None:
-        """Takes a change of an engine into the sums, the limit of the queue and the policy."""
+        """Takes a change of an engine into the sums, the limit of the queue and the choice."""
         engine.held = held
         self._count(
             engine, max(engine.capacity, held) if engine.is_ready else held, engine.is_ready
         )
         if engine.has_room:
-            self.policy.offer(engine)
+            self.choice.offer(engine)
         else:
-            self.policy.withdraw(engine)
+            self.choice.withdraw(engine)
 
     def remove(self, engine: EngineRecord) -> None:
         """The engine is gone, and its leases with it."""
         del self.engines[engine.engine_id]
         self._count(engine, 0, is_ready=False)
-        self.policy.withdraw(engine)
+        self.choice.withdraw(engine)
 
     def _count(self, engine: EngineRecord, slots: int, is_ready: bool) -> None:
         self.slots += slots - engine.slots
         self.ready_engines += is_ready - engine.counted_ready
         engine.slots, engine.counted_ready = slots, is_ready
-        self.queue.resize(self.slots)
+        self.queue.resize(self.limit)
 
     def note_lease(self, held_s: float) -> None:
         """Takes the duration of a lease that ended into the mean."""
@@ -104,14 +128,11 @@ class ModelCatalogue:
 
     def add_engine(self, engine: EngineRecord, wall: float) -> None:
         """An engine serves its model from now on."""
-        name = engine.model.name
-        model = self._models.get(name)
-        if model is None:
-            model = ModelRecord(name, wall, self._new_queue(), self._new_policy())
-            self._models[name] = model
+        model = self._models.get(engine.model.name) or self._add(engine.model.name)
+        model.created_at = model.created_at or wall
         model.engines[engine.engine_id] = engine
-        model.abandoned_at = None
-        self._abandoned.pop(name, None)
+        model.is_passing = False
+        self._keep(model)
         model.settle(engine, 0)
 
     def remove_engine(self, engine: EngineRecord, now: float) -> None:
@@ -119,13 +140,32 @@ class ModelCatalogue:
         model = self._models[engine.model.name]
         _ = model.context_tokens  # Remembers the last known value before its teller goes.
         model.remove(engine)
-        if model.engines:
-            return
-        model.abandoned_at = now
-        self._abandoned[model.name] = model
-        idle = [name for name, other in self._abandoned.items() if not other.queue.queued_count]
-        if len(idle) > ABANDONED_MODELS_MAX:
-            self._forget(idle[0])
+        self._abandon_if_empty(model, now)
+
+    def set_rules(
+        self, name: str, rules: Deployment | None, max_queued: int, *, now: float, wall: float
+    ) -> ModelRecord | None:
+        """Gives a model rules, also before it has an engine, or takes them away; None where it is not known then."""
+        model = self._models.get(name)
+        if rules is None and (model is None or model.rules is None):
+            return model
+        model = model or self._add(name)
+        model.set_rules(rules, max_queued)
+        if rules is None:
+            self._abandon_if_empty(model, now)
+        else:
+            model.created_at = model.created_at or wall
+            self._keep(model)
+        return self._models.get(name)
+
+    def expect(self, name: str, now: float) -> ModelRecord:
+        """The model; one that is not known is so only for as long as somebody waits for it."""
+        model = self._models.get(name)
+        if model is None:
+            model = self._add(name)
+            self._abandon_if_empty(model, now)
+            model.is_passing = True
+        return model
 
     def expire(self, now: float) -> None:
         """Forgets the models that have been without an engine for the time of memory."""
@@ -135,6 +175,30 @@ class ModelCatalogue:
             if now - model.abandoned_at < self._memory_s or model.queue.queued_count:
                 return
             self._forget(model.name)
+
+    def forget_passing(self, model: ModelRecord) -> None:
+        """Forgets a passing model when it has no engines and nobody waits."""
+        if model.is_passing and model.name in self._abandoned and not model.queue.queued_count:
+            self._forget(model.name)
+
+    def _add(self, name: str) -> ModelRecord:
+        model = ModelRecord(name, 0.0, self._new_queue(), EngineChoice(self._new_policy))
+        self._models[name] = model
+        return model
+
+    def _keep(self, model: ModelRecord) -> None:
+        model.abandoned_at = None
+        self._abandoned.pop(model.name, None)
+
+    def _abandon_if_empty(self, model: ModelRecord, now: float) -> None:
+        if model.engines or model.rules is not None or model.name in self._abandoned:
+            return
+        model.abandoned_at = now
+        self._abandoned[model.name] = model
+        self.forget_passing(model)
+        idle = [name for name, other in self._abandoned.items() if not other.queue.queued_count]
+        if len(idle) > ABANDONED_MODELS_MAX:
+            self._forget(idle[0])
 
     def _forget(self, name: str) -> None:
         del self._abandoned[name]

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
+from typing import Generic, TypeVar
 
 OUTBOX_MESSAGES_MAX = 4_096
 """Messages that wait for a peer that does not read; one more ends its session. Not below the most leases per engine."""
 
 
-class Outbox:
-    """Keys of messages to one peer, in order, each waiting at most once. Iterating ends when the box is closed."""
+Message = TypeVar("Message", bound=Hashable)
+
+
+class Outbox(Generic[Message]):
+    """Messages to one peer, in order, each waiting at most once: the last put counts. Iterating ends when the box is closed."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, None] = {}
+        self._waiting: dict[Message, None] = {}
         self._changed = asyncio.Event()
         self._closed = False
         self._error: Exception | None = None
 
-    def put(self, key: str) -> bool:
+    def put(self, message: Message) -> bool:
         """Adds a message; False where the box is full. A closed box takes and drops it."""
         if self._closed:
             return True
-        if key not in self._waiting and len(self._waiting) >= OUTBOX_MESSAGES_MAX:
+        if message not in self._waiting and len(self._waiting) >= OUTBOX_MESSAGES_MAX:
             return False
-        self._waiting[key] = None
+        self._waiting.pop(message, None)
+        self._waiting[message] = None
         self._changed.set()
         return True
 
@@ -34,10 +40,10 @@ class Outbox:
             self._waiting.clear()
             self._changed.set()
 
-    def __aiter__(self) -> Outbox:
+    def __aiter__(self) -> Outbox[Message]:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> Message:
         while not self._waiting:
             if self._closed:
                 if self._error is not None:
@@ -45,6 +51,6 @@ class Outbox:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        key = next(iter(self._waiting))
-        del self._waiting[key]
-        return key
+        message = next(iter(self._waiting))
+        del self._waiting[message]
+        return message

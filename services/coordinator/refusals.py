@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
+from services.coordinator.deployment import FallbackReason
 from services.coordinator.models import ModelRecord
 from services.runtime.errors import CaravanError
 
@@ -23,12 +24,12 @@ def refusal(model: ModelRecord) -> CaravanError:
         queue = model.queue
         return CaravanError(
             "CAPACITY_EXHAUSTED",
-            f"All {model.slots} sequences of the model '{model.name}' are in use, and {queue.queued_count} requests wait. "
+            f"All {model.limit} sequences of the model '{model.name}' are in use, and {queue.queued_count} requests wait. "
             "Try again later.",
-            retry_after_s=capacity_retry_s(model.lease_mean_s, model.slots, queue.queued_count),
+            retry_after_s=capacity_retry_s(model.lease_mean_s, model.limit, queue.queued_count),
             model=model.name,
             active=str(queue.in_flight_count),
-            capacity=str(model.slots),
+            capacity=str(model.limit),
             queued=str(queue.queued_count),
             max_queued=str(queue.boundary.max_queued),
         )
@@ -61,10 +62,30 @@ def queue_timeout(model: ModelRecord, waited_s: float) -> CaravanError:
     return CaravanError(
         "QUEUE_TIMEOUT",
         f"No sequence of the model '{model.name}' became free for the request within {waited_s:.1f} s.",
-        retry_after_s=capacity_retry_s(model.lease_mean_s, model.slots, queued),
+        retry_after_s=capacity_retry_s(model.lease_mean_s, model.limit, queued),
         model=model.name,
         queued=str(queued),
         waited_s=f"{waited_s:.1f}",
+    )
+
+
+def failed(model: ModelRecord, reason: FallbackReason) -> CaravanError:
+    """The model has refused the request by itself, and no fallback takes it."""
+    is_busy = reason in {FallbackReason.CAPACITY, FallbackReason.RATE_LIMITED}
+    return CaravanError(
+        "CAPACITY_EXHAUSTED" if is_busy else "NO_ENGINE",
+        f"The model '{model.name}' has refused the request ({reason.value}), and none of its fallbacks takes it.",
+        retry_after_s=CAPACITY_RETRY_MIN_S if is_busy else NO_ENGINE_RETRY_S,
+        model=model.name,
+    )
+
+
+def unknown_engine(engine_id: str) -> CaravanError:
+    """No such engine has joined."""
+    return CaravanError(
+        "ENGINE_NOT_FOUND",
+        f"No engine with the id '{engine_id}' has joined.",
+        engine_id=engine_id,
     )
 
 
@@ -104,6 +125,14 @@ def unknown_model(name: str) -> CaravanError:
     )
 
 
+def replaced(name: str) -> CaravanError:
+    """The model that began the answer serves the name no more."""
+    return CaravanError(
+        "ENGINE_LOST",
+        f"The engine that served the request is gone, and '{name}' is served by another model now.",
+    )
+
+
 def draining() -> CaravanError:
     """The coordinator is shutting down."""
     return CaravanError(
@@ -128,5 +157,5 @@ def _why_none(model: ModelRecord) -> str:
     if failures:
         return f"The model '{model.name}' could not be loaded: {failures[0]}"
     if model.engines:
-        return f"Every engine of the model '{model.name}' is shutting down."
+        return f"Every engine of the model '{model.name}' is drained or shutting down."
     return f"No engine of the model '{model.name}' is running at present."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from services.coordinator.engines import EngineRecord
@@ -29,6 +29,9 @@ class Policy(Protocol):
 
     def choose(self, want: Want, mean_load: float) -> EngineRecord:
         """The engine for a request; at least one is offered. `mean_load` is the share of all sequences in use, this included."""
+
+    def note_finish(self, affinity: tuple[bytes, ...], finish_key: bytes) -> None:
+        """A request with these prefixes of its prompt has left KV state under this key."""
 
 
 class LeastLoaded:
@@ -57,6 +60,9 @@ class LeastLoaded:
             heapq.heappop(self._heap)
         return self._heap[0][3]
 
+    def note_finish(self, affinity: tuple[bytes, ...], finish_key: bytes) -> None:
+        """See Policy. It does not matter here."""
+
     def _is_current(self, entry: tuple[float, int, int, EngineRecord]) -> bool:
         return self._current.get(entry[3].engine_id) == entry[2]
 
@@ -81,6 +87,9 @@ class RoundRobin:
         self._ring.move_to_end(engine_id)
         return engine
 
+    def note_finish(self, affinity: tuple[bytes, ...], finish_key: bytes) -> None:
+        """See Policy. It does not matter here."""
+
 
 class PowerOfTwo:
     """The less loaded of two random engines: nearly as even as the least loaded, without a crowd on one. O(1)."""
@@ -95,6 +104,13 @@ class PowerOfTwo:
         """The engine, if it has room."""
         place = self._places.get(engine_id)
         return None if place is None else self._engines[place]
+
+    def some_of(self, engine_ids: Sequence[str], most: int) -> Iterator[EngineRecord]:
+        """Those of the engines that have room; of more than `most` just so many, from a random one on."""
+        if len(engine_ids) > most:
+            first = int(self._fraction() * len(engine_ids))
+            engine_ids = [engine_ids[(first + n) % len(engine_ids)] for n in range(most)]
+        return filter(None, map(self.find, engine_ids))
 
     def offer(self, engine: EngineRecord) -> None:
         """See Policy."""
@@ -122,6 +138,9 @@ class PowerOfTwo:
         if other >= one:  # Two different ones.
             other += 1
         return min(engines[one], engines[other], key=load_order)
+
+    def note_finish(self, affinity: tuple[bytes, ...], finish_key: bytes) -> None:
+        """See Policy. It does not matter here."""
 
 
 def load_order(engine: EngineRecord) -> tuple[float, int]:

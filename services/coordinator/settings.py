@@ -13,6 +13,7 @@ from services.runtime.settings import (
     integer,
     loopback_address,
     number,
+    peer_address,
     setting,
 )
 
@@ -30,6 +31,11 @@ def shares(text: str) -> Mapping[str, float]:
             raise ValueError("not NAME=WEIGHT,... with weights within 0.01 to 100")
         weights[name] = value
     return weights
+
+
+def optional_peer(text: str) -> str:
+    """host:port, or nothing."""
+    return peer_address(text) if text else ""
 
 
 @dataclass(frozen=True)
@@ -113,4 +119,26 @@ class CoordinatorSettings(ProcessSettings):
         "1.25",
         "Times the mean load up to which affinity may load an engine",
         number(1, 100),
+    )
+    cache: str = setting(
+        "CARAVAN_COORDINATOR_CACHE",
+        "",
+        "Address of the cache service, host:port, for affinity by what is saved where; empty: none",
+        optional_peer,
+    )
+    deployments: str = setting(
+        "CARAVAN_COORDINATOR_DEPLOYMENTS",
+        "",
+        "TOML file of the deployments to start with; empty: none",
+    )
+    deployments_state: str = setting(
+        "CARAVAN_COORDINATOR_DEPLOYMENTS_STATE",
+        "",
+        "File in which applied deployments are kept; where it exists it is read instead of the one above; empty: memory only",
+    )
+    rollout_grace_s: float = setting(
+        "CARAVAN_COORDINATOR_ROLLOUT_GRACE_S",
+        "600",
+        "Seconds that requests on engines of a former revision or a removed deployment get to finish",
+        number(0, 3_600),
     )

@@ -7,31 +7,48 @@ Whatever ends a session - its stream, silence, a successor - sweeps what belongs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator import refusals
 from services.coordinator.admission import Admission
 from services.coordinator.backpressure import Backpressure
-from services.coordinator.effects import NOTHING, Effects, Ending, EndSession, Grant
-from services.coordinator.engines import EngineRegistry
+from services.coordinator.deployment import Deployment
+from services.coordinator.deployments import Deployments
+from services.coordinator.effects import (
+    NOTHING,
+    DrainEngine,
+    Effects,
+    Ending,
+    EndSession,
+    Grant,
+    UndrainEngine,
+)
+from services.coordinator.engines import EngineRecord, EngineRegistry
 from services.coordinator.gateways import GatewayRegistry
-from services.coordinator.leases import Lease
-from services.coordinator.limits import Limits
+from services.coordinator.integrity import check_admission
+from services.coordinator.leases import Ended, Lease
+from services.coordinator.limits import SILENT_INTERVALS_MAX, Limits
 from services.coordinator.models import ModelCatalogue
+from services.coordinator.relearning import Relearning
 from services.coordinator.routing import LeastLoaded, Policy
+from services.coordinator.tasks import Priority
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
-
-SILENT_INTERVALS_MAX = 3
-"""Intervals without a word after which a peer is taken for dead."""
 
 
 class CoordinatorState:
     """Everything that the coordinator knows."""
 
-    def __init__(self, limits: Limits, new_policy: Callable[[], Policy] = LeastLoaded) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        new_policy: Callable[[], Policy] = LeastLoaded,
+        learning_until: float = -math.inf,
+    ) -> None:
+        """Until `learning_until`, in monotonic seconds, requests of models without engines wait for these to join."""
         self.limits = limits
         self.engines = EngineRegistry(limits.leases_per_engine_max)
         self.gateways = GatewayRegistry()
@@ -40,7 +57,9 @@ class CoordinatorState:
             lambda: Backpressure(limits.boundary(), limits.tenant_weights),
             new_policy,
         )
-        self._admission = Admission(limits, self.engines, self.models)
+        self._admission = Admission(limits, self.engines, self.models, learning_until)
+        self.deployments = Deployments(self._admission, self.engines, self._retire)
+        self._relearning = Relearning(limits, self.engines, self._admission)
         self.leases = self._admission.leases
         self.waiting = self._admission.waiting
         self.draining = False
@@ -58,8 +77,10 @@ class CoordinatorState:
         *,
         now: float,
         wall: float,
+        incarnation: str = "",
+        revision: str = "",
     ) -> tuple[int, Effects]:
-        """Registers an engine; returns its session. Its session before, if any, ends.
+        """Registers an engine; returns its session. Its session before, if any, ends; the same life of it stays drained.
 
         Raises CaravanError: DRAINING, or CAPACITY_EXHAUSTED where `engines_max` have joined.
         """
@@ -72,9 +93,26 @@ class CoordinatorState:
             effects = self._end_engine(before.session, now)
             effects += Effects(endings=(EndSession(before.session, engine_id, Ending.REPLACED),))
         session = self._next_session()
-        record = self.engines.add(engine_id, session, address, model, load, now=now)
+        record = self.engines.add(
+            engine_id,
+            session,
+            address,
+            model,
+            load,
+            incarnation=incarnation,
+            revision=revision,
+            now=now,
+        )
+        if before is not None and before.incarnation == incarnation:
+            record.is_drained = before.is_drained
         self.models.add_engine(record, wall)
-        return session, effects + self._admission.engine_changed(record, now)
+        effects += self._relearning.engine_joined(record, now)
+        # First who must not go there and whether it is held back, then whether it gets what waits.
+        self._admission.keep_from(record)
+        effects += self.deployments.engine_changed(record, now)
+        effects += self._admission.engine_changed(record, now)
+        # The session before may have served another model, whose rules let others run now.
+        return session, effects + (NOTHING if before is None else self._admission.start(now))
 
     def report_engine(
         self,
@@ -82,6 +120,7 @@ class CoordinatorState:
         model: engine_pb.ModelInfo | None,
         load: engine_pb.EngineLoad,
         now: float,
+        requests: Sequence[engine_pb.InflightRequest] = (),
     ) -> Effects:
         """Takes a report; asks again to end what was cancelled and is still leased, and starts who can run now.
 
@@ -96,20 +135,61 @@ class CoordinatorState:
                 f"The model's name changed from '{record.model.name}' to '{model.name}' within a session.",
                 param="report.model.name",
             )
-        self.engines.report(record, model, load, now)
-        again = self._admission.cancels_again(record)
-        return again + self._admission.engine_changed(record, now)
+        self.engines.report(record, model, load, requests, now)
+        effects = self._admission.cancels_again(record)
+        effects += self.deployments.engine_changed(record, now)
+        return effects + self._admission.engine_changed(record, now)
+
+    def drain_engine(self, engine_id: str, grace_s: float, stop: bool, now: float) -> Effects:
+        """Takes an engine out of service; what still runs on it after `grace_s` seconds moves, and then it may have to `stop`.
+
+        Raises CaravanError: ENGINE_NOT_FOUND.
+        """
+        record = self._engine(engine_id)
+        effects = self._drain(record, grace_s, stop, now)
+        return effects + self.deployments.engine_changed(record, now)
+
+    def undrain_engine(self, engine_id: str, now: float) -> Effects:
+        """Puts an engine back into service. Raises CaravanError: ENGINE_NOT_FOUND."""
+        record = self._engine(engine_id)
+        record.is_drained = False
+        changed = self.deployments.engine_changed(record, now)
+        changed += self._admission.engine_changed(record, now)
+        return changed + Effects(undrains=(UndrainEngine(record.session),))
+
+    def _retire(self, engine: EngineRecord, now: float) -> Effects:
+        """An engine that its deployment needs no more ends when what runs on it has ended."""
+        return self._drain(engine, self.limits.rollout_grace_s, stop=True, now=now)
+
+    def _drain(self, engine: EngineRecord, grace_s: float, stop: bool, now: float) -> Effects:
+        engine.is_drained = True
+        changed = self._admission.engine_changed(engine, now)
+        return changed + Effects(drains=(DrainEngine(engine.session, grace_s, stop),))
+
+    def hold_back(self, engine: EngineRecord, held_back: bool, now: float) -> Effects:
+        """See Admission."""
+        return self._admission.hold_back(engine, held_back, now)
+
+    def _engine(self, engine_id: str) -> EngineRecord:
+        record = self.engines.find(engine_id)
+        if record is None:
+            raise refusals.unknown_engine(engine_id)
+        return record
 
     def _end_engine(self, session: int, now: float) -> Effects:
         record = self.engines.remove(session)
         if record is None:
             return NOTHING
-        return self._admission.engine_gone(record, now)
+        effects = self._admission.engine_gone(record, now)
+        self._relearning.engine_gone(effects.swept, now)
+        return effects + self.deployments.engine_gone(record, now)
 
     # --- gateways ------------------------------------------------------------------------------------------------
 
-    def join_gateway(self, gateway_id: str, now: float) -> tuple[int, Effects]:
-        """Registers a gateway; returns its session. Its session before, if any, ends.
+    def join_gateway(
+        self, gateway_id: str, now: float, held: Sequence[Lease] = ()
+    ) -> tuple[int, Effects]:
+        """Registers a gateway; returns its session. Its session before, if any, ends. `held` are leases that it has.
 
         Raises CaravanError: DRAINING, or CAPACITY_EXHAUSTED where `gateways_max` have joined.
         """
@@ -123,7 +203,7 @@ class CoordinatorState:
             effects += Effects(endings=(EndSession(before.session, gateway_id, Ending.REPLACED),))
         session = self._next_session()
         self.gateways.add(gateway_id, session, now)
-        return session, effects
+        return session, effects + self._relearning.claim(held, now)
 
     def hear_gateway(self, session: int, now: float) -> None:
         """Takes a heartbeat. Raises CaravanError: SESSION_UNKNOWN."""
@@ -136,7 +216,8 @@ class CoordinatorState:
         record = self.gateways.remove(session)
         if record is None:
             return NOTHING
-        return self._admission.gateway_gone(record.gateway_id, now)
+        effects = self._admission.gateway_gone(record.gateway_id, now)
+        return effects + self._relearning.gateway_gone(record.gateway_id, effects.swept, now)
 
     # --- sessions ------------------------------------------------------------------------------------------------
 
@@ -158,6 +239,7 @@ class CoordinatorState:
         if last is None or now - last <= self.limits.interval_s:
             effects = self._end_silent(now - SILENT_INTERVALS_MAX * self.limits.interval_s, now)
             self.models.expire(now)
+            effects += self._relearning.expire(now)
         return effects + self._admission.expire(now)
 
     def _end_silent(self, then: float, now: float) -> Effects:
@@ -197,11 +279,34 @@ class CoordinatorState:
         self._refuse_while_draining()
         if self.gateways.find(want.gateway_id) is None:
             raise refusals.unknown_session(want.gateway_id)
-        return self._admission.route(want)
+        return self._admission.route(self.deployments.admit(want))
 
-    def release(self, lease_id: str, now: float) -> Effects | None:
-        """Ends a lease; None where it was not held. O(log) of engines and requests."""
-        return self._admission.release(lease_id, now)
+    def set_rules(self, name: str, rules: Deployment | None, now: float, wall: float) -> Effects:
+        """See Admission."""
+        return self._admission.set_rules(name, rules, now, wall)
+
+    def default_wait_s(self, model: str) -> float:
+        """How long a request of a model waits that does not say, in seconds."""
+        rules = self._rules(model)
+        most = None if rules is None else rules.serving.max_wait_s
+        return self.limits.queue_s if most is None else most
+
+    def default_priority(self, model: str) -> Priority:
+        """The priority of a request of a model that does not say."""
+        rules = self._rules(model)
+        return Priority.NORMAL if rules is None else rules.priority
+
+    def _rules(self, model: str) -> Deployment | None:
+        record = self.models.find(model)
+        return None if record is None else record.rules
+
+    def release(
+        self, lease_id: str, now: float, ended: Ended = Ended.UNTOLD, finish_key: bytes = b""
+    ) -> Effects | None:
+        """Ends a lease; None where it was not held. See Admission. O(log) of engines and requests."""
+        effects = self._admission.release(lease_id, now, ended, finish_key)
+        was_aside = self._relearning.release(lease_id, now)
+        return NOTHING if effects is None and was_aside else effects
 
     def leave(self, want: Want, now: float) -> Effects:
         """The call that asked is over without an answer: the request leaves the queue, or its lease is given back."""
@@ -209,6 +314,9 @@ class CoordinatorState:
 
     def cancel(self, request_id: str, now: float) -> Effects:
         """Ends a request: it waits no more, or its engine is told. Raises CaravanError: REQUEST_NOT_FOUND."""
+        is_known = self.leases.of_request(request_id) or self.waiting.of_request(request_id)
+        if not is_known and self._relearning.cancel(request_id):
+            return NOTHING
         return self._admission.cancel(request_id, now)
 
     def cancel_tenant(self, tenant: str, now: float) -> tuple[int, Effects]:
@@ -229,7 +337,8 @@ class CoordinatorState:
 
     def check_integrity(self) -> None:
         """Asserts that every request belongs to live sessions and every bound holds (I4, I6). O(n), for tests."""
-        self._admission.check_integrity()
+        check_admission(self._admission, self.models)
+        self.deployments.check_integrity()
         for lease in self.leases:
             assert self.engines.find(lease.engine_id) is not None, lease
             assert self.gateways.find(lease.gateway_id) is not None, lease
@@ -237,7 +346,9 @@ class CoordinatorState:
         for want in self.waiting:
             assert self.gateways.find(want.gateway_id) is not None, want
             assert self.leases.of_request(want.request_id) is None, want
-        assert len(self.leases) + len(self.waiting) <= self.limits.leases_max
+        assert len(self.leases) + len(self.waiting) <= self.limits.known_max
+        assert len(self._relearning.claimed) <= self.limits.leases_max
+        assert len(self._relearning.orphaned) <= self.limits.leases_max
         assert len(self.engines) <= self.limits.engines_max
         assert len(self.gateways) <= self.limits.gateways_max
 

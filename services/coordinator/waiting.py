@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from services.coordinator.deployment import FallbackReason
 from services.coordinator.grouping import Groups
 from services.coordinator.tasks import Priority
 
@@ -14,7 +15,10 @@ class Want:
     """A request that asks for a lease, which gets the id `lease_id`.
 
     `arrived_at` is in monotonic seconds, `wait_s` the longest time to wait; 0: not at all. `affinity` are hashes of the prompt
-    at each message boundary, the longest prefix last; `session_id` is the conversation, if any.
+    at each message boundary, the longest prefix last; `session_id` is the conversation, if any. It is never given to an engine
+    whose life (incarnation) it must `avoid`. One that is `resumed` runs already and has lost its engine. One that `may_fall_back`
+    goes along the fallbacks of its deployment, leaving out those that have `failed`, with why. Where `revisions` are named, engines
+    of others cannot go on with its answer.
     """
 
     request_id: str
@@ -27,6 +31,21 @@ class Want:
     tenant: str = ""
     affinity: tuple[bytes, ...] = ()
     session_id: str = ""
+    avoid: frozenset[str] = frozenset()
+    resumed: bool = False
+    may_fall_back: bool = False
+    failed: Mapping[str, FallbackReason] = field(default_factory=dict)
+    revisions: frozenset[str] = frozenset()
+
+    @property
+    def had_its_turn(self) -> bool:
+        """Whether it was given an engine before, and lost it or was refused there: it goes before all others."""
+        return self.resumed or bool(self.avoid)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its client has been given something of the answer, which is that of one model."""
+        return self.resumed and not self.may_fall_back
 
 
 class WaitingTable:
@@ -61,6 +80,12 @@ class WaitingTable:
         self._gateways.discard(want.gateway_id, request_id)
         self._tenants.discard(want.tenant, request_id)
         return want
+
+    def replace(self, want: Want) -> None:
+        """Takes another version of a request that waits, of the same gateway and tenant, in its place."""
+        self._wants[want.request_id] = want
+        self._gateways.add(want.gateway_id, want.request_id, want)
+        self._tenants.add(want.tenant, want.request_id, want)
 
     def of_gateway(self, gateway_id: str) -> tuple[Want, ...]:
         """The requests of a gateway, oldest first."""

@@ -24,7 +24,8 @@ CLIENT_OPTIONS: Final = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # How long an attempt to connect may take; one that is refused at once is repeated after the backoff all the same.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Calls of one process to different channels must not share a connection that a stalled reader can block.
     ("grpc.use_local_subchannel_pool", 1),

@@ -34,12 +34,17 @@ class ManualClock:
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
+        self._wall_ahead_s = 0.0
 
     def monotonic(self) -> float:
         return self.now
 
     def wall(self) -> float:
-        return self.now
+        return self.now + self._wall_ahead_s
+
+    def jump(self, seconds: float) -> None:
+        """Sets the wall clock alone, forwards or back."""
+        self._wall_ahead_s += seconds
 
     def advance(self, seconds: float) -> None:
         """Moves on by `seconds`, which must not be negative."""

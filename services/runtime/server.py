@@ -156,9 +156,13 @@ class ServiceServer:
         for name in ("", *self._names):
             self._health.set(name, serving)
 
+    def drain(self) -> None:
+        """Tells health checks that nothing serves here any more; calls are still taken."""
+        self._health.drain()
+
     async def drain_and_stop(self) -> None:
         """Turns health first, then waits for running calls up to the grace, then cancels them."""
-        self._health.drain()
+        self.drain()
         await self.grpc.stop(self._drain_grace_s)
 
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from services.cli.envoy import EnvoySettings, render
-from services.cli.up import installation
+from services.cli.prepare import installation
 from tests.support import stand_in_gateway
 from tests.support.ports import free_port
 from tests.support.waiting import wait_for

@@ -153,7 +153,7 @@ async def test_a_grant_to_a_call_that_is_gone_goes_to_the_next(cancelled_first: 
             gone.cancel()
         released = coordinator.state.release(lease.lease_id, 1000.0)
         assert released is not None
-        coordinator.servicer._perform(released)
+        coordinator.servicer.perform(released)
         gone.cancel()
         assert (await staying).lease.engine_id == "engine-0"
         assert gone.cancelled()

@@ -144,7 +144,26 @@ async def test_bad_ids_are_refused_by_name(
         (pb.EngineRegistration(engine_id="e", address="127.0.0.1:1"), "register.model.name"),
         (
             pb.EngineRegistration(
-                engine_id="e", address="nowhere", model=engine_pb.ModelInfo(name="demo")
+                engine_id="e", address="127.0.0.1:1", model=engine_pb.ModelInfo(name="demo")
+            ),
+            "register.incarnation",
+        ),
+        (
+            pb.EngineRegistration(
+                engine_id="e",
+                address="127.0.0.1:1",
+                model=engine_pb.ModelInfo(name="demo"),
+                incarnation="life",
+                revision="r" * 129,
+            ),
+            "register.revision",
+        ),
+        (
+            pb.EngineRegistration(
+                engine_id="e",
+                address="nowhere",
+                model=engine_pb.ModelInfo(name="demo"),
+                incarnation="life",
             ),
             "register.address",
         ),
@@ -215,7 +234,7 @@ async def test_an_engine_that_does_not_read_loses_its_session() -> None:
         for i in range(OUTBOX_MESSAGES_MAX):  # No await in between: the stream cannot take any.
             assert outbox.put(f"old-{i}")
         coordinator.state.route(Want("req-1", gateway.gateway_id, "demo", "lease-x", 1000))
-        coordinator.servicer._perform(coordinator.state.cancel("req-1", 1000))
+        coordinator.servicer.perform(coordinator.state.cancel("req-1", 1000))
         assert len(coordinator.state.engines) == 0
         assert len(coordinator.state.leases) == 0
         assert (await engine.end()).reason == "SESSION_UNKNOWN"

@@ -12,9 +12,12 @@ import pytest
 pytestmark = pytest.mark.e2e
 
 QUICK = {
+    "admission": ["--trials", "20"],
+    "affinity": ["--turns", "1"],
     "cancel": ["--trials", "2"],
     "latency": ["--trials", "3", "--rounds", "1", "--tokens", "50"],
     "memory": [],
+    "overload": ["--seconds", "2"],
 }
 
 

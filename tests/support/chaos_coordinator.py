@@ -86,11 +86,12 @@ class Coordinator:
         self.ids = CountingIds()
         self._streams: dict[int, Stream] = {}
         self._asking: dict[str, Asker] = {}
-        self.state = self._new_state()
+        self.state = self._new_state(0.0)
         time.after(SWEEP_S, self._sweep)
 
-    def _new_state(self) -> CoordinatorState:
-        state = CoordinatorState(self._limits)
+    def _new_state(self, down_s: float) -> CoordinatorState:
+        learning_until = self._time.now + down_s + self._limits.rejoin_s
+        state = CoordinatorState(self._limits, learning_until=learning_until)
         rules = Deployment(ONCE, "scripted:", idempotent=False)
         state.set_rules(ONCE, rules, self._time.now, self._time.now)
         return state
@@ -105,7 +106,7 @@ class Coordinator:
             self._time.soon(lambda s=stream: self.part(s))  # type: ignore[misc]
         for asker in asking.values():
             self._time.soon(lambda a=asker: a.refused("SERVICE_UNAVAILABLE"))  # type: ignore[misc]
-        self.state = self._new_state()
+        self.state = self._new_state(down_s)
         self._time.after(down_s, self._start)
 
     def _start(self) -> None:

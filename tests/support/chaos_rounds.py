@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,8 +86,8 @@ class Rounds:
             self.answers[key] = typed(self.chaos.door, MODEL, question, lambda _: None)
         return self.answers[key]
 
-    def run(self, clients: int, *, engines_left: bool = True) -> None:
-        """Clients ask at once; when the first has had a random part of its answer, its engine is killed.
+    def run(self, clients: int, *, deaths: int = 1, engines_left: bool = True) -> None:
+        """Clients ask at once; each time the first has had a random part of its answer, its engine is killed, `deaths` times.
 
         With `engines_left` false all engines are killed, so that the answer of one client goes on when one has come back.
         """
@@ -97,14 +96,14 @@ class Rounds:
         self.chaos.wait_until_ready(MODEL, 1 if clients == 1 else len(ENGINES))
         asking = [Client(self._api(), self.random.choice(self.questions)) for _ in range(clients)]
         expected = [self.undisturbed(client.question) for client in asking]
-        at = self.random.randint(1, max(1, expected[0].completion_tokens * 2 // 3))
+        last = max(1, expected[0].completion_tokens * 2 // 3)
+        at = sorted(self.random.randint(1, last) for _ in range(deaths))
         said_of_it = f"{asking[0].api}, {asking[0].question.body}, killed at {at}"
         print(said_of_it)
-        killed = threading.Event()
 
         def kill(events: int) -> None:
-            if events >= at and not killed.is_set():
-                killed.set()
+            if at and events >= at[0]:
+                at.pop(0)
                 self._kill(engines_left=engines_left)
 
         with ThreadPoolExecutor(clients) as pool:
@@ -117,8 +116,6 @@ class Rounds:
             assert told == wanted, f"{said_of_it}; {client}"
             if client.api == "typed":
                 assert told.token_ids == wanted.token_ids, f"{said_of_it}; {client}"
-        for engine in self.chaos.engines.values():
-            engine.revive()
 
     def _api(self) -> str:
         return self.random.choice(APIS)
@@ -133,9 +130,8 @@ class Rounds:
         for name in [serving] if engines_left else list(ENGINES):
             if name:
                 self.chaos.engines[name].kill()
+                self.chaos.engines[name].start()
                 self.kills += 1
-                if not engines_left:
-                    self.chaos.engines[name].start()
 
 
 def _nothing(_: int) -> None:

@@ -86,12 +86,6 @@ class LooseEngine:
         self.process.kill()
         self.process.wait()
 
-    def revive(self) -> None:
-        """Starts the process again if it has ended."""
-        assert self.process is not None
-        if self.process.poll() is not None:
-            self.start()
-
 
 @dataclass
 class Chaos:

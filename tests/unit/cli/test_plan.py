@@ -10,16 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cli import ports
+from services.cli.fleet import Wanted
 from services.cli.model_sources import ModelSource
 from services.cli.plan import (
     STOP_ORDER,
+    EnginePlanner,
     Installation,
     Plan,
+    ProcessPlan,
     UpOptions,
-    engine_threads,
     make_plan,
 )
+from services.cli.prepare import models_text
 from services.cli.settings import UpSettings, load_settings
+from services.runtime.deployment_file import read_deployments
 
 INSTALL = Installation("/usr/bin/python", "/opt/envoy", Path("/opt/caravan/deploy/envoy"))
 DEMO = ModelSource("demo", "/models/demo.gguf")
@@ -27,16 +31,42 @@ SLOW = ModelSource("slow", "scripted:?step_ms=20&load_ms=5")
 OPTIONS = UpOptions(8080, (DEMO,), 1, Path("/state"))
 
 
-def _plan(options: UpOptions, settings: UpSettings | None = None, cores: int = 8) -> Plan:
-    engines = len(options.models) * options.engines
+def _wanted(options: UpOptions) -> list[Wanted]:
+    return [
+        Wanted(model.name, model.source, "r1", options.engines, is_scripted=model.scripted)
+        for model in options.models
+    ]
+
+
+def _plan(options: UpOptions, settings: UpSettings | None = None) -> Plan:
     settings = settings or load_settings({})
-    return make_plan(options, settings, ports.default_ports(engines), INSTALL, cores)
+    return make_plan(options, settings, _ports(options), INSTALL)
+
+
+def _ports(options: UpOptions) -> ports.Ports:
+    return ports.default_ports(len(options.models) * options.engines)
+
+
+def _engines(
+    options: UpOptions, settings: UpSettings | None = None, cores: int = 8
+) -> list[ProcessPlan]:
+    """The engines that `caravan up` starts for its models, in that order."""
+    settings = settings or load_settings({})
+    planner = EnginePlanner(options, settings, _ports(options), INSTALL, cores)
+    listening = ports.EnginePorts(_ports(options), lambda _: True)
+    wanted = _wanted(options)
+    return [
+        planner.plan(each, wanted, listening.take())
+        for each in wanted
+        for _ in range(each.replicas)
+    ]
 
 
 def test_default_ports_are_the_documented_ones() -> None:
     """The addresses that the documentation names."""
-    plan = _plan(replace(OPTIONS, engines=2))
-    assert {planned.name: (planned.address, planned.metrics) for planned in plan.processes} == {
+    options = replace(OPTIONS, engines=2)
+    processes = [*_plan(options).processes, *_engines(options)]
+    assert {planned.name: (planned.address, planned.metrics) for planned in processes} == {
         "coordinator": ("127.0.0.1:7002", "http://127.0.0.1:9102/metrics"),
         "cache": ("127.0.0.1:7003", "http://127.0.0.1:9103/metrics"),
         "engine-0": ("127.0.0.1:7010", "http://127.0.0.1:9110/metrics"),
@@ -48,8 +78,8 @@ def test_default_ports_are_the_documented_ones() -> None:
 
 def test_each_model_gets_its_engines() -> None:
     """N engines per model, numbered through, each told its model and the coordinator."""
-    plan = _plan(replace(OPTIONS, models=(DEMO, SLOW), engines=2))
-    engines = plan.of_kind("engine")
+    options = replace(OPTIONS, models=(DEMO, SLOW), engines=2)
+    engines = _engines(options)
     assert [(e.name, e.model) for e in engines] == [
         ("engine-0", "demo"),
         ("engine-1", "demo"),
@@ -61,36 +91,33 @@ def test_each_model_gets_its_engines() -> None:
     assert environment["CARAVAN_ENGINE_MODEL"] == "slow=scripted:?step_ms=20&load_ms=5"
     assert environment["CARAVAN_ENGINE_COORDINATOR"] == "127.0.0.1:7002"
     assert environment["CARAVAN_ENGINE_ADDRESS"] == "127.0.0.1:7013"
-    gateway = plan.of_kind("gateway")[0].environment
+    assert environment["CARAVAN_ENGINE_REVISION"] == "r1"
+    gateway = _plan(options).of_kind("gateway")[0].environment
     assert gateway["CARAVAN_GATEWAY_COORDINATOR"] == "127.0.0.1:7002"
 
 
 def test_engines_share_the_cache_service_and_a_folder() -> None:
-    """All engines get one folder, the same at each start, with its quota; the service runs before them."""
-    plan = _plan(replace(OPTIONS, models=(DEMO, SLOW)), load_settings({}))
-    names = [planned.name for planned in plan.processes]
-    assert names.index("cache") < names.index("engine-0")
-    (cache,) = plan.of_kind("cache")
+    """All engines get one folder, the same at each start, with its quota, and one service."""
+    options = replace(OPTIONS, models=(DEMO, SLOW))
+    (cache,) = _plan(options).of_kind("cache")
     assert cache.argv[-1] == "services.cache"
     assert cache.environment["CARAVAN_CACHE_ADDRESS"] == "127.0.0.1:7003"
     assert cache.environment["CARAVAN_CACHE_METRICS_ADDRESS"] == "127.0.0.1:9103"
-    for engine in plan.of_kind("engine"):
+    for engine in _engines(options):
         assert engine.environment["CARAVAN_ENGINE_CACHE"] == "127.0.0.1:7003"
         assert engine.environment["CARAVAN_ENGINE_KV_ROOTS"] == f"disk:/state/kv:{4 << 30}"
 
 
 def test_the_disk_is_a_choice_and_so_is_the_cache() -> None:
     """No bytes: no folder, and the engines' own setting counts; --no-cache: neither folder nor service."""
-    plan = _plan(OPTIONS, load_settings({"CARAVAN_UP_KV_DISK_BYTES": "0"}))
-    (engine,) = plan.of_kind("engine")
+    (engine,) = _engines(OPTIONS, load_settings({"CARAVAN_UP_KV_DISK_BYTES": "0"}))
     assert "CARAVAN_ENGINE_CACHE" in engine.environment
     assert "CARAVAN_ENGINE_KV_ROOTS" not in engine.environment
-    plan = _plan(replace(OPTIONS, cache=False))
-    (engine,) = plan.of_kind("engine")
+    options = replace(OPTIONS, cache=False)
+    (engine,) = _engines(options)
     assert not {"CARAVAN_ENGINE_CACHE", "CARAVAN_ENGINE_KV_ROOTS"} & set(engine.environment)
-    assert [planned.kind for planned in plan.processes] == [
+    assert [planned.kind for planned in _plan(options).processes] == [
         "coordinator",
-        "engine",
         "gateway",
         "envoy",
     ]
@@ -98,7 +125,8 @@ def test_the_disk_is_a_choice_and_so_is_the_cache() -> None:
 
 def test_what_is_stopped_last_is_what_others_need() -> None:
     """Engines save what they hold when they end: the cache service ends after them."""
-    assert set(STOP_ORDER) == {planned.kind for planned in _plan(OPTIONS).processes}
+    kinds = {planned.kind for planned in _plan(OPTIONS).processes}
+    assert set(STOP_ORDER) == kinds | {"engine"}
     assert STOP_ORDER.index("engine") < STOP_ORDER.index("cache")
 
 
@@ -116,8 +144,7 @@ def test_engines_with_models_share_the_cores(
     options: UpOptions, cores: int, threads: int | None
 ) -> None:
     """Several llama.cpp engines split the cores; scripted ones do not count; --threads decides where it is given."""
-    assert engine_threads(options, cores) == threads
-    for engine in _plan(options, cores=cores).of_kind("engine"):
+    for engine in _engines(options, cores=cores):
         scripted = engine.model == "slow"
         expected = None if threads is None or scripted else str(threads)
         assert engine.environment.get("CARAVAN_ENGINE_THREADS") == expected
@@ -126,10 +153,10 @@ def test_engines_with_models_share_the_cores(
 def test_settings_reach_the_processes() -> None:
     """Grace and niceness are passed on; engines keep their priority."""
     settings = load_settings({"CARAVAN_DRAIN_GRACE_S": "2.5", "CARAVAN_UP_FRONT_NICENESS": "7"})
-    plan = _plan(OPTIONS, settings)
-    niceness = {planned.name: planned.niceness for planned in plan.processes}
+    processes = [*_plan(OPTIONS, settings).processes, *_engines(OPTIONS, settings)]
+    niceness = {planned.name: planned.niceness for planned in processes}
     assert niceness == {"coordinator": 7, "cache": 7, "engine-0": 0, "gateway": 7, "envoy": 7}
-    services = [planned for planned in plan.processes if planned.kind != "envoy"]
+    services = [planned for planned in processes if planned.kind != "envoy"]
     assert {s.environment["CARAVAN_DRAIN_GRACE_S"] for s in services} == {"2.5"}
 
 
@@ -158,3 +185,63 @@ def test_default_ports_never_overlap() -> None:
     """With the most engines that are allowed, all default ports are different."""
     numbers = [port for _, port in ports.default_ports(ports.ENGINES_MAX).named()]
     assert len(numbers) == len(set(numbers))
+
+
+def test_a_deployment_says_how_its_engines_are_started() -> None:
+    """Its options become their settings; what it leaves open is left to the engine."""
+    wanted = Wanted("a", "/a.gguf", "r2", context_tokens=2048, max_sequences=7, threads=3)
+    planner = EnginePlanner(OPTIONS, load_settings({}), _ports(OPTIONS), INSTALL, 8)
+    listens = ports.EngineListens(4, 1, 2)
+    environment = planner.plan(wanted, [wanted], listens).environment
+    named = ("ID", "REVISION", "CONTEXT_TOKENS", "MAX_SEQUENCES", "THREADS")
+    told = [environment[f"CARAVAN_ENGINE_{name}"] for name in named]
+    assert told == ["engine-4", "r2", "2048", "7", "3"]
+    environment = planner.plan(Wanted("a", "/a", "r"), [wanted], listens).environment
+    assert "CARAVAN_ENGINE_CONTEXT_TOKENS" not in environment
+
+
+def test_the_coordinator_is_told_of_deployments() -> None:
+    """The file that was given, or one of the models; and where to keep what is applied."""
+    (coordinator,) = _plan(OPTIONS).of_kind("coordinator")
+    told = coordinator.environment
+    assert told["CARAVAN_COORDINATOR_DEPLOYMENTS"] == "/state/models.toml"
+    assert told["CARAVAN_COORDINATOR_DEPLOYMENTS_STATE"] == "/state/deployments.json"
+    given = replace(OPTIONS, models=(), deployments=Path("/d.toml"))
+    (coordinator,) = _plan(given).of_kind("coordinator")
+    assert coordinator.environment["CARAVAN_COORDINATOR_DEPLOYMENTS"] == "/d.toml"
+
+
+@pytest.mark.parametrize("public", [8080, 9000])
+def test_engines_that_come_later_get_free_ports(public: int) -> None:
+    """The lowest number that is free, with ports that nobody has; none is given twice; they come back."""
+    chosen = (
+        ports.default_ports(1) if public == 8080 else ports.pick_ports(public, 1, lambda _: True)
+    )
+    taken = {chosen.engines[0], 7011}
+    listening = ports.EnginePorts(chosen, lambda port: port not in taken)
+    given = [listening.take() for _ in range(10)]
+    numbers = [port for each in given for port in (each.port, each.metrics)]
+    assert len(set(numbers)) == 20
+    assert not taken & set(numbers)
+    assert not {port for name, port in chosen.named() if "engine" not in name} & set(numbers)
+    listening.give_back(given[3].number)
+    assert listening.take() == given[3]
+    for _ in range(ports.ENGINES_MAX):
+        try:
+            listening.take()
+        except ports.NoFreePortError:
+            break
+    else:
+        pytest.fail("more engines than a machine gets")
+
+
+def test_models_become_deployments() -> None:
+    """What --model says is a file of deployments, whatever is in its text."""
+    odd = ModelSource("x", 'scripted:?text=a "b" \\ ä 😀')
+    text = models_text((DEMO, odd), 3)
+    read = read_deployments(text, Path("/"))
+    assert read.mistakes == []
+    assert [(d.name, d.model, d.replicas) for d in read.deployments] == [
+        ("demo", "/models/demo.gguf", 3),
+        ("x", odd.source, 3),
+    ]

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from services.cli import ports
-from services.cli.model_sources import ModelSource
-from services.cli.plan import Installation, Plan, UpOptions, make_plan
-from services.cli.progress import EngineView, Phase, Seen, judge, status_line
-from services.cli.settings import load_settings
+from services.cli.fleet import Wanted
+from services.cli.plan import ProcessPlan
+from services.cli.progress import EngineView, Phase, Seen, Verdict, judge, status_line
 
 READY = EngineView(Phase.READY, 1.0)
 BROKEN = EngineView(Phase.FAILED, failure="bad tensor")
 
 
-@pytest.fixture
-def plan() -> Plan:
-    """Two models with two engines each: engine-0 and engine-1 serve a, the others b."""
-    models = (ModelSource("a", "/a.gguf"), ModelSource("b", "/b.gguf"))
-    install = Installation("python", "envoy", Path("/e"))
-    options = UpOptions(8080, models, 2, Path("/state"))
-    return make_plan(options, load_settings({}), ports.default_ports(4), install, 2)
+WANTED = (Wanted("a", "/a.gguf", "1", 2), Wanted("b", "/b.gguf", "1", 2))
+
+
+def _engine(number: int, model: str) -> ProcessPlan:
+    return ProcessPlan(f"engine-{number}", "engine", (), {}, "", "", model=model)
+
+
+ENGINES = tuple(_engine(number, model) for number, model in enumerate("aabb"))
+"""Two deployments with two engines each: engine-0 and engine-1 serve a, the others b."""
+
+
+def _judge(seen: Seen) -> Verdict:
+    return judge(WANTED, ENGINES, seen)
 
 
 def _seen(routable: str, views: dict[int, EngineView] | None = None, *, door: bool = True) -> Seen:
@@ -30,56 +30,74 @@ def _seen(routable: str, views: dict[int, EngineView] | None = None, *, door: bo
     return Seen(named, frozenset(routable), door)
 
 
-def test_ready_needs_every_model_and_the_door(plan: Plan) -> None:
+def test_ready_needs_every_model_and_the_door() -> None:
     """READY is a promise: a request for each model finds an engine, through Envoy."""
-    assert judge(plan, _seen("ab")).ready
-    assert not judge(plan, _seen("ab", door=False)).ready
-    assert judge(plan, _seen("ab", door=False)).waiting == ("the gateway",)
-    assert not judge(plan, _seen("a")).ready
-    assert judge(plan, _seen("a")).waiting == ("b",)
+    assert _judge(_seen("ab")).ready
+    assert not _judge(_seen("ab", door=False)).ready
+    assert _judge(_seen("ab", door=False)).waiting == ("the gateway",)
+    assert not _judge(_seen("a")).ready
+    assert _judge(_seen("a")).waiting == ("b",)
 
 
-def test_an_engine_that_is_ready_but_not_known_is_waited_for(plan: Plan) -> None:
+def test_an_engine_that_is_ready_but_not_known_is_waited_for() -> None:
     """The coordinator's word counts, not the engine's."""
-    assert judge(plan, _seen("a", {2: READY, 3: READY})).waiting == ("b",)
+    assert _judge(_seen("a", {2: READY, 3: READY})).waiting == ("b",)
 
 
-def test_one_failed_engine_does_not_fail_its_model(plan: Plan) -> None:
+def test_one_failed_engine_does_not_fail_its_model() -> None:
     """A model fails when all its engines did."""
-    verdict = judge(plan, _seen("a", {2: BROKEN}))
+    verdict = _judge(_seen("a", {2: BROKEN}))
     assert (verdict.failed, verdict.waiting) == ({}, ("b",))
 
 
-def test_a_failed_model_does_not_hold_up_the_others(plan: Plan) -> None:
+def test_a_failed_model_does_not_hold_up_the_others() -> None:
     """What can be served is served; what failed is told with its reason."""
-    verdict = judge(plan, _seen("a", {2: BROKEN, 3: BROKEN}))
+    verdict = _judge(_seen("a", {2: BROKEN, 3: BROKEN}))
     assert verdict.ready
     assert verdict.failed == {"b": "bad tensor"}
 
 
-def test_no_model_left_is_hopeless(plan: Plan) -> None:
+def test_no_model_left_is_hopeless() -> None:
     """When every model failed there is nothing to wait for."""
-    verdict = judge(plan, _seen("", dict.fromkeys(range(4), BROKEN)))
+    verdict = _judge(_seen("", dict.fromkeys(range(4), BROKEN)))
     assert verdict.hopeless
     assert not verdict.ready
-    assert not judge(plan, _seen("", {0: BROKEN})).hopeless
+    assert not _judge(_seen("", {0: BROKEN})).hopeless
 
 
-def test_the_line_tells_each_engine(plan: Plan) -> None:
+def test_what_is_not_told_yet_is_waited_for() -> None:
+    """Until the coordinator has said what is wanted, nothing is ready and nothing is hopeless."""
+    verdict = judge(None, (), _seen(""))
+    assert (verdict.ready, verdict.hopeless, verdict.waiting) == (
+        False,
+        False,
+        ("the coordinator",),
+    )
+    assert judge(WANTED, (), _seen("")).waiting == ("a", "b")
+
+
+def test_nothing_to_serve_is_ready_too() -> None:
+    """Without deployments, and for those without replicas, the door is all that is needed."""
+    assert judge((), (), _seen("")).ready
+    assert not judge((), (), _seen("", door=False)).ready
+    assert judge((Wanted("a", "/a", "1", 0),), (), _seen("")).ready
+
+
+def test_the_line_tells_each_engine() -> None:
     """The progress shows percentages while loading."""
     seen = _seen("", {0: EngineView(Phase.LOADING, 0.456), 1: READY}, door=False)
-    assert status_line(plan, seen) == (
+    assert status_line(ENGINES, seen) == (
         "a (engine-0) loading 45% · a (engine-1) ready · b (engine-2) starting"
         " · b (engine-3) starting · gateway starting"
     )
 
 
-def test_shares_are_told_in_steps(plan: Plan) -> None:
+def test_shares_are_told_in_steps() -> None:
     """A log gets a line per quarter, and never a share that is not reached yet."""
     shares = {0.0: "0%", 0.24: "0%", 0.25: "25%", 0.999: "75%", 1.0: "100%"}
     for share, text in shares.items():
         seen = _seen("", {0: EngineView(Phase.LOADING, share)})
-        assert f"a (engine-0) loading {text} ·" in status_line(plan, seen, 0.25)
+        assert f"a (engine-0) loading {text} ·" in status_line(ENGINES, seen, 0.25)
     for percent in range(101):
         seen = _seen("", {0: EngineView(Phase.LOADING, percent / 100)})
-        assert f"loading {percent}% ·" in status_line(plan, seen)
+        assert f"loading {percent}% ·" in status_line(ENGINES, seen)

@@ -244,3 +244,57 @@ async def test_niceness_counts_between_the_children(tmp_path: Path) -> None:
         group = Path(f"/proc/{pid}/autogroup")
         await _until(lambda: group.read_text().rstrip().endswith("nice 7"), "so is its session")
     await supervisor.stop(5, _open_door)
+
+
+async def test_what_is_not_needed_does_not_come_back(tmp_path: Path) -> None:
+    """It runs until it ends by itself, and is forgotten then; one that is needed again in time comes back."""
+    said: list[str] = []
+    supervisor = _supervisor(tmp_path, said=said)
+    for name in ("engine-0", "engine-1"):
+        supervisor.add(_process(name, "engine", WAITS))
+    await _until(lambda: _is_up(supervisor, "engine-0"), "the first runs")
+    await _until(lambda: _is_up(supervisor, "engine-1"), "the second runs")
+    await _until(lambda: len(_pids(tmp_path)) == 2, "both are listed")
+    pids = _pids(tmp_path)
+    for name in pids:
+        supervisor.keep(name, needed=False)
+    supervisor.keep("engine-1", needed=True)
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    await _until(lambda: not supervisor.knows("engine-0"), "the first is forgotten")
+    await _until(lambda: _is_up(supervisor, "engine-1", 2), "the second runs again")
+    assert "engine-0 was ended by SIGKILL; it is needed no more" in said
+    supervisor.add(_process("engine-0", "engine", WAITS))
+    await _until(lambda: _is_up(supervisor, "engine-0"), "its name can be used again")
+    await supervisor.stop(5, _open_door)
+
+
+async def test_what_waits_to_come_back_is_forgotten_at_once(tmp_path: Path) -> None:
+    """A process that dies again and again is not waited for when nobody needs it."""
+    said: list[str] = []
+    supervisor = _supervisor(tmp_path, said=said)
+    supervisor._policy = BackoffPolicy(first=600, most=600, stable=60)
+    supervisor.add(_process("engine-0", "engine", "raise SystemExit(3)"))
+    await _until(lambda: said, "it died")
+    supervisor.keep("engine-0", needed=False)
+    async with asyncio.timeout(5):
+        while supervisor.knows("engine-0"):  # noqa: ASYNC110 - its end has no event
+            await asyncio.sleep(0)
+    assert (supervisor.codes, supervisor.deaths) == ({}, {})
+    await supervisor.stop(5, _open_door)
+
+
+async def test_an_end_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process is ended among others, and killed where it does not listen; asking again does no harm."""
+    monkeypatch.setattr("services.cli.supervisor._END_MARGIN_S", 0.1)
+    supervisor = _supervisor(tmp_path)
+    supervisor.add(_process("engine-0", "engine", STUBBORN))
+    supervisor.add(_process("engine-1", "engine", WAITS))
+    await _until(lambda: _is_up(supervisor, "engine-0"), "the first runs")
+    await _until(lambda: _is_up(supervisor, "engine-1"), "the second runs")
+    await _until(lambda: len(_pids(tmp_path)) == 2, "both are listed")
+    for _ in range(3):
+        supervisor.end("engine-0", 0.1)
+    await _until(lambda: not supervisor.knows("engine-0"), "it is gone")
+    assert list(_pids(tmp_path)) == ["engine-1"]
+    await supervisor.stop(5, _open_door)

@@ -29,6 +29,7 @@ class Task:
     start_by: float = 0.0
     until: float = 0.0
     attempts: int = 1
+    in_turn: bool = True
 
 
 @dataclass
@@ -65,7 +66,7 @@ class BackpressureMachine(RuleBasedStateMachine):
     def start(self, mode: Mode, most: int, queue: int, keep: int) -> None:
         self.boundary = Boundary(mode, most, queue, 2.0, aging_s=3.0, max_finished=keep)
         self.core = Backpressure(self.boundary, WEIGHTS)
-        self.most = most
+        self.most, self.queue = most, queue
         self.now = 0.0
         self.seq = 0
         self.tasks: list[Task] = []
@@ -74,6 +75,9 @@ class BackpressureMachine(RuleBasedStateMachine):
 
     def of(self, *labels: str) -> list[Task]:
         return [t for t in self.tasks if t.label in labels]
+
+    def in_turn(self) -> list[Task]:
+        return [t for t in self.of("queued") if t.in_turn]
 
     def find(self, key: str) -> Task | None:
         return next((t for t in self.tasks if t.key == key), None)
@@ -89,13 +93,14 @@ class BackpressureMachine(RuleBasedStateMachine):
 
     def saturated(self) -> bool:
         push_only = self.boundary.mode is Mode.PUSH_ONLY
-        return len(self.of("queued")) >= (self.room() if push_only else self.boundary.max_queued)
+        return len(self.in_turn()) >= (self.room() if push_only else self.queue)
 
     def wait(self, task: Task) -> None:
         task.label, task.seq, task.since = "queued", self.seq, self.now
-        same = [t for t in self.of("queued") if t.priority == task.priority and t is not task]
-        self.shares[task.priority].arrive(task.tenant, same)
         self.seq += 1
+        if task.in_turn:
+            same = [t for t in self.in_turn() if t.priority == task.priority and t is not task]
+            self.shares[task.priority].arrive(task.tenant, same)
 
     def refused(self, action: str, *arguments: object, **options: object) -> str | None:
         """Does it to the core; the name of the error, if any."""
@@ -112,31 +117,56 @@ class BackpressureMachine(RuleBasedStateMachine):
         priority=st.sampled_from(Priority),
         tenant=st.sampled_from(["big", "half", "one", "two"]),
         within=st.integers(1, 8),
+        in_turn=st.sampled_from([True, True, False]),
     )
-    def enqueue(self, key: str, priority: Priority, tenant: str, within: int) -> None:
-        expected = "QueueSaturatedError" if self.saturated() else None
+    def enqueue(
+        self, key: str, priority: Priority, tenant: str, within: int, in_turn: bool
+    ) -> None:
+        expected = "QueueSaturatedError" if in_turn and self.saturated() else None
         if self.find(key) is not None:
             expected = "DuplicateTaskError"
         options = {"priority": priority, "tenant": tenant, "start_by": self.now + within}
+        options["in_turn"] = in_turn
         assert self.refused("enqueue", key, self.now, **options) == expected
         if expected is None:
             task = Task(key, 0, priority, tenant, start_by=self.now + within, label="new")
+            task.in_turn = in_turn
             self.tasks.append(task)
             self.wait(task)
 
+    @rule(key=KEYS, priority=st.sampled_from(Priority))
+    def begin(self, key: str, priority: Priority) -> None:
+        """Runs from the start, whatever the limit."""
+        expected = None if self.find(key) is None else "DuplicateTaskError"
+        options = {"priority": priority, "tenant": "one"}
+        assert self.refused("begin", key, self.now, **options) == expected
+        if expected is None:
+            self.tasks.append(Task(key, self.seq, priority, "one", "in_flight"))
+            self.seq += 1
+
+    @rule(key=KEYS)
+    def start_by_name(self, key: str) -> None:
+        """Out of turn or not, within the limit."""
+        task = self.find(key)
+        allowed = task is not None and task.label == "queued" and self.room() > 0
+        expected = None if allowed else "InvalidTransitionError"
+        assert self.refused("start", key, self.now) == (expected if task else "UnknownTaskError")
+        if task is not None and allowed:
+            task.label = "in_flight"
+
     def next_to_start(self) -> Task:
         oldest = {
-            p: min(t.since for t in self.of("queued") if t.priority == p)
+            p: min(t.since for t in self.in_turn() if t.priority == p)
             for p in Priority
-            if any(t.priority == p for t in self.of("queued"))
+            if any(t.priority == p for t in self.in_turn())
         }
         chosen = min(oldest, key=lambda p: (oldest[p] + p * self.boundary.aging_s, p))
-        waiting = [t for t in self.of("queued") if t.priority == chosen]
+        waiting = [t for t in self.in_turn() if t.priority == chosen]
         return self.shares[chosen].choose(waiting)
 
     def expect_started(self, most: int) -> list[str]:
         started = []
-        for _ in range(min(most, self.room(), len(self.of("queued")))):
+        for _ in range(min(most, self.room(), len(self.in_turn()))):
             task = self.next_to_start()
             task.label = "in_flight"
             started.append(task.key)
@@ -181,7 +211,7 @@ class BackpressureMachine(RuleBasedStateMachine):
         task = self.find(key)
         expected: str | None = "UnknownTaskError"
         if task is not None:
-            expected = "QueueSaturatedError" if self.saturated() else None
+            expected = "QueueSaturatedError" if task.in_turn and self.saturated() else None
             if task.attempts == self.boundary.max_attempts:
                 expected = "AttemptsExhaustedError"
             if task.label not in {"failed", "cancelled"}:
@@ -202,10 +232,12 @@ class BackpressureMachine(RuleBasedStateMachine):
             self.ended.remove(task)
             self.tasks.remove(task)
 
-    @rule(most=st.integers(0, 4))
-    def resize(self, most: int) -> None:
-        self.core.resize(most)
+    @rule(most=st.integers(0, 4), queue=st.integers(0, 6) | st.none())
+    def resize(self, most: int, queue: int | None) -> None:
+        """What runs or waits beyond a smaller limit stays."""
+        self.core.resize(most, queue)
         self.most = most
+        self.queue = self.queue if queue is None else queue
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
     def pass_time(self, seconds: float) -> None:
@@ -232,6 +264,8 @@ class BackpressureMachine(RuleBasedStateMachine):
         states = {key: (state.label, state.seq) for key, state in self.core.tasks().items()}
         assert states == {t.key: (t.label, t.seq) for t in self.tasks}
         assert self.core.queued_count == len(self.of("queued"))
+        assert self.core.in_turn_count == len(self.in_turn())
+        assert self.core.is_full == (len(self.in_turn()) >= self.queue)
         assert self.core.in_flight_count == len(self.of("in_flight", "cancelling"))
 
 

@@ -7,6 +7,8 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.deployment import Deployment
+from services.coordinator.deployment_status import State
 from services.coordinator.limits import Limits
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.state import CoordinatorState
@@ -26,6 +28,20 @@ def test_engines_are_counted_by_phase() -> None:
         for phase in ("idle", "failed", "loading", "unspecified")
     }
     assert values == {"idle": 2, "failed": 1, "loading": 0, "unspecified": 1}
+
+
+def test_deployments_are_counted_by_state() -> None:
+    """Where they stand, each state shown from the start."""
+    registry, state = CollectorRegistry(), CoordinatorState(Limits())
+    CoordinatorMetrics(registry, state)
+
+    def shown(stands: str) -> float | None:
+        return registry.get_sample_value("caravan_deployments", {"state": stands})
+
+    assert [shown(one.value) for one in State] == [0, 0, 0, 0]
+    demo = Deployment("demo", "/m.gguf")
+    state.deployments.apply([demo], remove_others=False, now=0, wall=0)
+    assert (shown("pending"), shown("serving")) == (1, 0)
 
 
 def test_labels_are_bounded() -> None:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import pytest
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
+from services.coordinator.deployment import Deployment, Serving
 from services.coordinator.effects import CancelRequest, Effects, Ending
 from services.coordinator.limits import Limits
 from services.coordinator.models import ABANDONED_MODELS_MAX
 from services.coordinator.state import CoordinatorState
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
+from tests.support.refusals import attempt
 
 LOAD = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_IDLE)
 
 
 def join(
-    state: CoordinatorState, engine_id: str = "engine", model: str = "demo", now: float = 0.0
+    state: CoordinatorState,
+    engine_id: str = "engine",
+    model: str = "demo",
+    now: float = 0.0,
+    life: str = "first",
 ) -> tuple[int, Effects]:
     """Registers an idle engine of 2 sequences at the wall time 100."""
     info = engine_pb.ModelInfo(name=model, max_sequences=2, context_tokens=512)
-    return state.join_engine(engine_id, "127.0.0.1:1", info, LOAD, now=now, wall=100.0)
+    return state.join_engine(
+        engine_id, "127.0.0.1:1", info, LOAD, now=now, wall=100.0, incarnation=f"{engine_id}-{life}"
+    )
 
 
 def route(state: CoordinatorState, request_id: str = "req-1", model: str = "demo") -> str:
@@ -43,7 +51,7 @@ def test_a_late_end_of_a_replaced_session_is_nothing() -> None:
     state.join_gateway("gateway", 0.0)
     old, _ = join(state)
     route(state, "req-1")
-    new, effects = join(state)
+    new, effects = join(state, life="second")
     assert [lease.request_id for lease in effects.swept] == ["req-1"]
     assert [(e.session, e.why) for e in effects.endings] == [(old, Ending.REPLACED)]
     route(state, "req-2")
@@ -55,18 +63,21 @@ def test_a_late_end_of_a_replaced_session_is_nothing() -> None:
 
 
 def test_a_gateway_that_dies_cancels_at_each_engine() -> None:
-    """Each swept request is cancelled on the session of the engine that ran it (I5, I6)."""
+    """Each swept request is cancelled on the session of the engine that ran it, if the gateway does not come back (I5, I6)."""
     state = CoordinatorState(Limits())
     gateway, _ = state.join_gateway("gateway", 0.0)
     sessions = [join(state, "a")[0], join(state, "b")[0]]
     route(state, "req-1")
     route(state, "req-2")
     effects = state.end_session(gateway, 0.0)
-    assert set(effects.cancels) == {
+    assert (len(effects.swept), len(state.leases), effects.cancels) == (2, 0, ())
+    for session in sessions:
+        state.report_engine(session, None, LOAD, 7.5)
+    state.expire(7.5)
+    assert set(state.expire(8.0).cancels) == {
         CancelRequest(sessions[0], "req-1"),
         CancelRequest(sessions[1], "req-2"),
     }
-    assert len(state.leases) == 0
 
 
 def test_a_process_that_stood_still_judges_nobody() -> None:
@@ -194,3 +205,70 @@ def test_draining_ends_sessions_without_cancels() -> None:
         state.join_gateway("gateway", 0.0)
     with pytest.raises(CaravanError, match="shutting down"):
         join(state)
+
+
+def test_a_coordinator_that_starts_lets_requests_wait_for_engines_to_join() -> None:
+    """For as long as an engine may take to join again; then those who wait for what does not exist are told so."""
+    state = CoordinatorState(Limits(queue_s=60), learning_until=8.0)
+    state.join_gateway("gateway", 0.0)
+    for request_id, model in (("early", "demo"), ("wrong", "typo"), ("ruled", "ruled")):
+        want = Want(request_id, "gateway", model, f"lease-{request_id}", 1.0, wait_s=60)
+        assert state.route(want) is None
+    assert reason(state, "nobody") == "MODEL_NOT_FOUND"  # It does not wait.
+    state.set_rules("ruled", Deployment("ruled", "m"), 1.0, 1.0)
+    _, effects = join(state, now=2.0)
+    assert [grant.lease.request_id for grant in effects.grants] == ["early"]
+    assert state.expire_waiting(7.9) == Effects()
+    effects = state.expire_waiting(8.0)
+    assert {(r.request_id, r.error.reason) for r in effects.refusals} == {
+        ("wrong", "MODEL_NOT_FOUND"),
+        ("ruled", "NO_ENGINE"),
+    }
+    assert {model.name for model in state.models} == {"demo", "ruled"}
+    late = Want("late", "gateway", "typo", "lease-late", 8.0, wait_s=60)
+    with pytest.raises(CaravanError) as caught:
+        state.route(late)
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+    state.check_integrity()
+
+
+def test_a_starting_coordinator_queues_no_more_than_its_bound() -> None:
+    """Names that nobody serves cannot fill it (I4), and leave nothing behind."""
+    state = CoordinatorState(Limits(queued_max=2, leases_max=5), learning_until=8.0)
+    state.join_gateway("gateway", 0.0)
+    reasons = []
+    for number in range(8):
+        want = Want(f"r{number}", "gateway", f"m{number % 2}", f"l{number}", 0.0, wait_s=9)
+        reasons.append(attempt(lambda w=want: state.route(w))[1])  # type: ignore[misc]
+    assert reasons == [None] * 4 + ["NO_ENGINE"] * 4
+    state.expire_waiting(8.0)
+    assert (len(state.waiting), len(state.models)) == (0, 0)
+
+
+def test_a_request_that_runs_again_is_not_cancelled_for_its_former_gateway() -> None:
+    """Its client came back through another gateway, under the same id, on the same engine."""
+    state = CoordinatorState(Limits())
+    doomed, _ = state.join_gateway("doomed", 0.0)
+    session, _ = join(state)
+    state.route(Want("req-1", "doomed", "demo", "lease-1", 0.0))
+    state.route(Want("req-2", "doomed", "demo", "lease-2", 0.0))
+    state.end_session(doomed, 0.0)
+    gateway, _ = state.join_gateway("gateway", 0.0)
+    route(state, "req-1")
+    state.report_engine(session, None, LOAD, 8.0)
+    state.hear_gateway(gateway, 8.0)
+    assert state.expire(8.0).cancels == (CancelRequest(session, "req-2"),)
+
+
+def test_an_engine_that_changes_its_model_makes_way_under_the_limit_of_the_former() -> None:
+    """What it ran counted against `max_concurrent`; another engine of the model has room for who waits."""
+    state = CoordinatorState(Limits())
+    state.join_gateway("gateway", 0.0)
+    state.set_rules("demo", Deployment("demo", "m", serving=Serving(max_concurrent=1)), 0.0, 0.0)
+    join(state, "a")
+    route(state, "req-1")
+    join(state, "b")
+    assert state.route(Want("req-2", "gateway", "demo", "lease-2", 0.0, wait_s=9)) is None
+    _, effects = join(state, "a", model="other")
+    assert [(g.lease.request_id, g.lease.engine_id) for g in effects.grants] == [("req-2", "b")]
+    state.check_integrity()

@@ -1,325 +1,221 @@
-"""The state against a naive model of it: lists, recounts, no indexes."""
+"""The state against a naive model of it: lists, recounts, no indexes (tests/support/coordinator_model.py)."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import TypeAlias
-
-from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import initialize, invariant, rule
 
-from services.coordinator.effects import CancelRequest, Effects, Ending
-from services.coordinator.engines import READY_PHASES
-from services.coordinator.limits import Limits
-from services.coordinator.state import CoordinatorState
+from services.coordinator.deployment import (
+    CapacityPolicy,
+    Deployment,
+    Fallback,
+    FallbackReason,
+    Serving,
+)
+from services.coordinator.effects import CancelRequest, Effects
+from services.coordinator.leases import Ended
 from services.coordinator.waiting import Want
-from services.runtime.clock import CountingIds, ManualClock
+from tests.support.coordinator_machine import (
+    GATEWAYS,
+    LIMITS,
+    MODELS,
+    SessionsMachine,
+)
+from tests.support.coordinator_model import Asked, Held
 from tests.support.refusals import attempt
 
-LIMITS = Limits(
-    engines_max=3,
-    gateways_max=2,
-    leases_max=9,
-    leases_per_engine_max=3,
-    queued_max=3,
-    queue_s=4.0,
-    cancel_budget_s=2.0,
-)
-MODELS = st.sampled_from(["demo", "other"])
-ENGINES = st.sampled_from([f"engine-{i}" for i in range(4)])
-GATEWAYS = st.sampled_from([f"gateway-{i}" for i in range(3)])
+LIVES = st.sampled_from(["engine-0-a", "engine-0-a", "engine-0-b", "engine-1-a", "engine-2-a"])
 REQUESTS = st.sampled_from([f"req-{i}" for i in range(8)])
-PHASES = st.sampled_from(
-    [engine_pb.ENGINE_PHASE_IDLE] * 3 + [p for p in engine_pb.EnginePhase.values() if p > 0]
+REASONS = st.sampled_from(list(FallbackReason))
+FALLBACKS = st.lists(
+    st.builds(Fallback, MODELS, st.frozensets(REASONS, min_size=1)), max_size=2
+).map(tuple)
+SERVING = st.builds(
+    Serving,
+    max_concurrent=st.integers(0, 3),
+    max_queued=st.sampled_from([None, 0, 1, 4]),
+    max_wait_s=st.sampled_from([None, 0, 2, 9]),
+    on_capacity_exhausted=st.sampled_from(CapacityPolicy),
 )
 
 
-Phase: TypeAlias = engine_pb.EnginePhase.ValueType
-
-
-@dataclass
-class Peer:
-    """An engine (with a model) or a gateway (without)."""
-
-    peer_id: str
-    session: int
-    heard_at: float
-    model: str = ""
-    capacity: int = 0
-    phase: int = 0
-
-
-@dataclass
-class Held:
-    """A lease, or a request that waits for one and has no engine."""
-
-    lease_id: str
-    request_id: str
-    engine_id: str
-    gateway_id: str
-    model: str
-    start_by: float = 0.0
-    stop_by: float = math.inf
-
-
-class StateMachine(RuleBasedStateMachine):
+class StateMachine(SessionsMachine):
     """Does the same to both; after each step all counts are equal to a recount."""
 
     @initialize()
     def start(self) -> None:
-        self.clock, self.ids = ManualClock(), CountingIds()
-        self.state = CoordinatorState(LIMITS)
-        self.engines: list[Peer] = []
-        self.gateways: list[Peer] = []
-        self.held: list[Held] = []
-        self.waiting: list[Held] = []
-        self.granted: list[str] = []
-        self.sessions: list[int] = []
-        self.known_models: set[str] = set()
-        # Most runs of rules would otherwise end before anything is granted.
-        self.join_gateway(gateway_id="gateway-0")
-        self.join_engine(
-            engine_id="engine-0", model="demo", capacity=3, phase=engine_pb.ENGINE_PHASE_IDLE
-        )
+        """Most runs would otherwise end before a request falls back."""
+        self.begin()
+        moving = Serving(on_capacity_exhausted=CapacityPolicy.FALLBACK)
+        self.set_rules("demo", moving, (Fallback("other"),), idempotent=True, remove=False)
 
-    def sweep(self, peer: Peer, effects: Effects) -> None:
-        """Removes a peer and its leases from the model; the effects must say the same."""
-        is_engine = peer in self.engines
-        (self.engines if is_engine else self.gateways).remove(peer)
-        gone = [h for h in self.held if peer.peer_id in (h.engine_id, h.gateway_id)]
-        self.held = [h for h in self.held if h not in gone]
-        assert {lease.lease_id for lease in effects.swept} >= {h.lease_id for h in gone}
-        cancels = {c.request_id: c.session for c in effects.cancels}
-        for lease in gone:
-            engine = next((e for e in self.engines if e.peer_id == lease.engine_id), None)
-            if engine is not None:
-                assert cancels[lease.request_id] == engine.session
-        left = [w for w in self.waiting if w.gateway_id == peer.peer_id]
-        self.waiting = [w for w in self.waiting if w not in left]
-        assert {r.request_id for r in effects.refusals} >= {w.request_id for w in left}
-
-    def take_grants(self, effects: Effects) -> None:
-        """Who waited gets what became free, in the order of arrival, on an engine with the least load."""
-        for grant in effects.grants:
-            lease = grant.lease
-            first = next(w for w in self.waiting if w.model == lease.model)
-            assert (first.lease_id, first.request_id) == (lease.lease_id, lease.request_id)
-            self.waiting.remove(first)
-            self.take_grant(first, lease.engine_id)
-
-    def take_grant(self, request: Held, engine_id: str) -> None:
-        engine = next(e for e in self.engines if e.peer_id == engine_id)
-        assert engine.model == request.model
-        assert self.load(engine) == min(self.load(e) for e in self.routable(request.model))
-        request.engine_id = engine_id
-        self.granted.append(request.lease_id)
-        self.held.append(request)
-
-    @rule(engine_id=ENGINES, model=MODELS, capacity=st.integers(0, 4), phase=PHASES)
-    def join_engine(self, engine_id: str, model: str, capacity: int, phase: Phase) -> None:
-        before = next((e for e in self.engines if e.peer_id == engine_id), None)
-        full = before is None and len(self.engines) == LIMITS.engines_max
-        joined, reason = attempt(
-            lambda: self.state.join_engine(
-                engine_id,
-                "127.0.0.1:7010",
-                engine_pb.ModelInfo(name=model, max_sequences=capacity),
-                engine_pb.EngineLoad(phase=phase),
-                now=self.clock.monotonic(),
-                wall=self.clock.wall(),
-            )
-        )
-        assert reason == ("CAPACITY_EXHAUSTED" if full else None)
-        if joined is not None:
-            self.note_replaced(before, joined[1])
-            self.sessions.append(joined[0])
-            self.known_models.add(model)
-            peer = Peer(engine_id, joined[0], self.clock.now, model, min(capacity, 3), phase)
-            self.engines.append(peer)
-            self.take_grants(joined[1])
-
-    @rule(gateway_id=GATEWAYS)
-    def join_gateway(self, gateway_id: str) -> None:
-        before = next((g for g in self.gateways if g.peer_id == gateway_id), None)
-        full = before is None and len(self.gateways) == LIMITS.gateways_max
-        joined, reason = attempt(
-            lambda: self.state.join_gateway(gateway_id, self.clock.monotonic())
-        )
-        assert reason == ("CAPACITY_EXHAUSTED" if full else None)
-        if joined is not None:
-            self.note_replaced(before, joined[1])
-            self.sessions.append(joined[0])
-            self.gateways.append(Peer(gateway_id, joined[0], self.clock.now))
-            self.take_grants(joined[1])
-
-    def note_replaced(self, before: Peer | None, effects: Effects) -> None:
-        if before is None:
-            assert effects == Effects(grants=effects.grants)
-            return
-        assert [(e.session, e.why) for e in effects.endings] == [(before.session, Ending.REPLACED)]
-        self.sweep(before, effects)
-
-    @rule(data=st.data())
-    def end_some_session(self, data: st.DataObject) -> None:
-        """Any session that ever was: the late end of an old one must change nothing."""
-        if not self.sessions:
-            return
-        session = data.draw(st.sampled_from(self.sessions))
-        effects = self.state.end_session(session, self.clock.monotonic())
-        assert effects.endings == ()
-        for peer in [p for p in (*self.engines, *self.gateways) if p.session == session]:
-            self.sweep(peer, effects)
-        self.take_grants(effects)
-
-    @rule(data=st.data(), phase=PHASES)
-    def speak(self, data: st.DataObject, phase: Phase) -> None:
-        """A report or a heartbeat in the name of any session that ever was."""
-        if not self.sessions:
-            return
-        session, now = data.draw(st.sampled_from(self.sessions)), self.clock.monotonic()
-        load = engine_pb.EngineLoad(phase=phase)
-        effects, reason = attempt(lambda: self.state.report_engine(session, None, load, now))
-        reasons = (reason, attempt(lambda: self.state.hear_gateway(session, now))[1])
-        for peers, reason in zip((self.engines, self.gateways), reasons, strict=True):
-            peer = next((p for p in peers if p.session == session), None)
-            assert reason == (None if peer is not None else "SESSION_UNKNOWN")
-            if peer is not None:
-                peer.heard_at, peer.phase = now, phase
-        if effects is not None:
-            self.take_grants(effects)
+    # --- requests ------------------------------------------------------------------------------------------------
 
     @rule(
-        request_id=REQUESTS, gateway_id=GATEWAYS, model=MODELS, wait_s=st.sampled_from([0, 1, 3, 9])
+        request_id=REQUESTS,
+        gateway_id=GATEWAYS,
+        model=MODELS,
+        wait_s=st.sampled_from([0, 1, 3, 9, 9]),
+        avoid=st.sampled_from([frozenset[str]()] * 3) | st.frozensets(LIVES, max_size=2),
+        resumed=st.booleans(),
+        may_fall_back=st.booleans(),
+        failed=st.sampled_from([{}] * 4 + [{"demo": reason} for reason in FallbackReason]),
     )
-    def route(self, request_id: str, gateway_id: str, model: str, wait_s: float) -> None:
-        wait_s = min(wait_s, LIMITS.queue_s)
-        expected = self.refusal(request_id, gateway_id, model, wait_s)
+    def route(
+        self,
+        request_id: str,
+        gateway_id: str,
+        model: str,
+        wait_s: float,
+        avoid: frozenset[str],
+        resumed: bool,
+        may_fall_back: bool,
+        failed: dict[str, FallbackReason],
+    ) -> None:
+        asked = Asked(model, wait_s, avoid, resumed, may_fall_back, failed)
+        expected, taker = self.model.refusal(request_id, gateway_id, asked), self.model.taker(asked)
         lease_id, now = self.ids("lease"), self.clock.monotonic()
-        want = Want(request_id, gateway_id, model, lease_id, now, wait_s)
+        want = Want(
+            request_id,
+            gateway_id,
+            model,
+            lease_id,
+            now,
+            wait_s,
+            avoid=avoid,
+            resumed=resumed,
+            may_fall_back=may_fall_back,
+            failed=failed,
+        )
         grant, reason = attempt(lambda: self.state.route(want))
         assert reason == expected
-        request = Held(lease_id, request_id, "", gateway_id, model, now + wait_s)
+        if self.state.models.find(model) is not None and model not in self.model.known:
+            self.model.known.add(model)
+            self.model.removed.add(model)
+        if reason is not None:
+            return
+        assert taker is not None
+        start_by = now + self.model.wait_s(taker, asked)
+        request = Held(lease_id, request_id, "", gateway_id, taker, avoid=avoid, resumed=resumed)
         if grant is not None:
+            assert grant.lease.model == taker
+            assert grant.idempotent == getattr(self.model.rules.get(taker), "idempotent", True)
             self.take_grant(request, grant.lease.engine_id)
-        elif reason is None:
-            assert not self.routable(model)
-            self.waiting.append(request)
+        else:
+            assert not self.model.routable(taker, avoid)
+            request.start_by = start_by
+            self.model.waiting.append(request)
 
-    def count(self, engine: Peer) -> int:
-        return sum(h.engine_id == engine.peer_id for h in self.held)
+    @rule(
+        count=st.integers(1, 5),
+        model=MODELS,
+        avoid=st.sampled_from([frozenset[str]()] * 2) | st.frozensets(LIVES, max_size=2),
+        may_fall_back=st.booleans(),
+    )
+    def crowd(self, count: int, model: str, avoid: frozenset[str], may_fall_back: bool) -> None:
+        """Several requests at once, so that engines fill and queues grow."""
+        gateways = [g.peer_id for g in self.model.gateways]
+        busy = [h.request_id for h in (*self.model.held, *self.model.waiting)]
+        for number in [n for n in range(12) if f"req-{n}" not in busy][:count]:
+            if gateways:
+                gateway_id = gateways[number % len(gateways)]
+                resumed = bool(avoid) and number % 2 == 0
+                self.route(f"req-{number}", gateway_id, model, 9, avoid, resumed, may_fall_back, {})
 
-    def load(self, engine: Peer) -> float:
-        return self.count(engine) / engine.capacity
+    @rule(
+        name=MODELS,
+        serving=SERVING,
+        fallback=FALLBACKS,
+        idempotent=st.booleans(),
+        remove=st.sampled_from([False, False, True]),
+    )
+    def set_rules(
+        self,
+        name: str,
+        serving: Serving,
+        fallback: tuple[Fallback, ...],
+        idempotent: bool,
+        remove: bool,
+    ) -> None:
+        rules = Deployment(name, "m", serving=serving, fallback=fallback, idempotent=idempotent)
+        now = self.clock.monotonic()
+        effects = self.state.set_rules(name, None if remove else rules, now, 0.0)
+        if not remove:
+            self.model.rules[name] = rules
+            self.model.known.add(name)
+            self.model.removed.discard(name)
+        elif self.model.rules.pop(name, None) is not None:
+            self.model.removed.add(name)
+            self.model.forget(name)
+        self.take_grants(effects)
 
-    def routable(self, model: str) -> list[Peer]:
-        return [
-            e
-            for e in self.engines
-            if e.model == model and e.phase in READY_PHASES and self.count(e) < e.capacity
-        ]
-
-    def refusal(self, request_id: str, gateway_id: str, model: str, wait_s: float) -> str | None:
-        """The reason for which a route must be refused: the first that holds."""
-        phases = [e.phase for e in self.engines if e.model == model]
-        full = len(self.held) + len(self.waiting) >= LIMITS.leases_max
-        queued = sum(w.model == model for w in self.waiting)
-        may_wait = wait_s > 0 and queued < LIMITS.queued_max
-        ready = any(p in READY_PHASES for p in phases)
-        reasons = {
-            "SESSION_UNKNOWN": gateway_id not in [g.peer_id for g in self.gateways],
-            "DUPLICATE_REQUEST": request_id in [h.request_id for h in self.held + self.waiting],
-            "MODEL_NOT_FOUND": model not in self.known_models,
-            "CAPACITY_EXHAUSTED": full or (ready and not may_wait and not self.routable(model)),
-            "MODEL_LOADING": not ready and engine_pb.ENGINE_PHASE_LOADING in phases,
-            "NO_ENGINE": not ready,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), None)
-
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), ended=st.sampled_from(Ended))
+    def release(self, data: st.DataObject, ended: Ended) -> None:
         """Any lease that was ever granted, or never."""
-        lease_id = data.draw(st.sampled_from(["lease-0", *self.granted]))
-        held = [h for h in self.held if h.lease_id == lease_id]
-        effects = self.state.release(lease_id, self.clock.monotonic())
-        assert (effects is not None) == bool(held)
-        self.held = [h for h in self.held if h not in held]
+        lease_id = data.draw(st.sampled_from(["lease-0", *(h.lease_id for h in self.history)]))
+        held = [h for h in self.model.held if h.lease_id == lease_id]
+        model = self.model
+        aside = [a for a in (*model.claimed, *model.orphaned) if a.lease_id == lease_id]
+        effects = self.state.release(lease_id, self.clock.monotonic(), ended)
+        assert (effects is not None) == bool(held or aside)
+        model.held = [h for h in model.held if h not in held]
+        model.claimed = [c for c in model.claimed if c.lease_id != lease_id]
+        model.orphaned = [o for o in model.orphaned if o.lease_id != lease_id]
+        model.note_released(lease_id, self.clock.now)
+        for lease in held:
+            engine = self.model.engine(lease.engine_id)
+            if engine is not None and ended is not Ended.UNTOLD:
+                engine.suspect = ended is Ended.BADLY
         if effects is not None:
             self.take_grants(effects)
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
         """The call of a request that waits ends."""
-        if not self.waiting:
+        if not self.model.waiting:
             return
-        request = data.draw(st.sampled_from(self.waiting))
+        request = data.draw(st.sampled_from(self.model.waiting))
         want = self.state.waiting.of_request(request.request_id)
         assert want is not None
         assert self.state.leave(want, self.clock.monotonic()) == Effects()
-        self.waiting.remove(request)
+        self.model.waiting.remove(request)
 
     @rule(request_id=REQUESTS)
     def cancel(self, request_id: str) -> None:
-        held = next((h for h in self.held if h.request_id == request_id), None)
-        waiting = next((w for w in self.waiting if w.request_id == request_id), None)
+        held = next((h for h in self.model.held if h.request_id == request_id), None)
+        waiting = next((w for w in self.model.waiting if w.request_id == request_id), None)
+        claimed = next((c for c in self.model.claimed if c.request_id == request_id), None)
         effects, reason = attempt(lambda: self.state.cancel(request_id, self.clock.monotonic()))
-        assert reason == (None if held or waiting else "REQUEST_NOT_FOUND")
+        assert reason == (None if held or waiting or claimed else "REQUEST_NOT_FOUND")
+        if claimed is not None and not held and not waiting:
+            claimed.asked_to_end = True
+            return
         if waiting is not None:
             assert effects is not None
             assert [r.error.reason for r in effects.refusals] == ["CANCELLED"]
-            self.waiting.remove(waiting)
+            self.model.waiting.remove(waiting)
         if held is not None:
             held.stop_by = min(held.stop_by, self.clock.now + LIMITS.cancel_budget_s)
-            session = next(e.session for e in self.engines if e.peer_id == held.engine_id)
-            assert effects == Effects(cancels=(CancelRequest(session, request_id),))
-
-    @rule(halves=st.integers(1, 7))
-    def pass_time(self, halves: int) -> None:
-        """Half an interval at a time, as the sweeper does."""
-        for _ in range(halves):
-            self.clock.advance(LIMITS.interval_s / 2)
-            effects = self.state.expire(self.clock.monotonic())
-            peers = (*self.engines, *self.gateways)
-            silent = [p for p in peers if self.clock.now - p.heard_at >= 3 * LIMITS.interval_s]
-            assert {(e.session, e.why) for e in effects.endings} == {
-                (p.session, Ending.SILENT) for p in silent
-            }
-            for peer in silent:
-                self.sweep(peer, effects)
-            self.expire_requests(effects)
-            self.take_grants(effects)
-
-    def expire_requests(self, effects: Effects) -> None:
-        late = [w for w in self.waiting if w.start_by <= self.clock.now]
-        told = {r.request_id: r.error.reason for r in effects.refusals}
-        for request in late:
-            assert told[request.request_id] in {"QUEUE_TIMEOUT", "NO_ENGINE", "MODEL_LOADING"}
-        self.waiting = [w for w in self.waiting if w not in late]
-        stuck = [h for h in self.held if h.stop_by <= self.clock.now]
-        assert {lease.lease_id for lease in effects.written_off} == {h.lease_id for h in stuck}
-        self.held = [h for h in self.held if h not in stuck]
+            engine = self.model.engine(held.engine_id)
+            assert engine is not None
+            assert effects == Effects(cancels=(CancelRequest(engine.session, request_id),))
 
     @invariant()
     def counts_are_a_recount(self) -> None:
         if not hasattr(self, "state"):
             return
         self.state.check_integrity()
-        leases = self.state.leases
-        assert [lease.lease_id for lease in leases] == [h.lease_id for h in self.held]
-        assert len(leases) == len(self.held)
-        assert [w.lease_id for w in self.state.waiting] == [w.lease_id for w in self.waiting]
-        for engine in self.engines:
-            assert leases.on_engine(engine.peer_id) == self.count(engine)
-        for gateway in self.gateways:
-            assert leases.of_gateway(gateway.peer_id) == sum(
-                h.gateway_id == gateway.peer_id for h in self.held
-            )
-        for model in ("demo", "other"):
-            assert leases.of_model(model) == sum(h.model == model for h in self.held)
-        assert {e.engine_id for e in self.state.engines} == {e.peer_id for e in self.engines}
-        assert {g.gateway_id for g in self.state.gateways} == {g.peer_id for g in self.gateways}
+        leases, model = self.state.leases, self.model
+        assert [(lease.lease_id, lease.gateway_id) for lease in leases] == [
+            (h.lease_id, h.gateway_id) for h in model.held
+        ]
+        assert [w.lease_id for w in self.state.waiting] == [w.lease_id for w in model.waiting]
+        for engine in model.engines:
+            assert leases.on_engine(engine.peer_id) == model.count(engine)
+        assert {e.engine_id for e in self.state.engines} == {e.peer_id for e in model.engines}
+        assert {g.gateway_id for g in self.state.gateways} == {g.peer_id for g in model.gateways}
+        assert {m.name for m in self.state.models} == model.known
 
 
 TestStateMachine = StateMachine.TestCase

@@ -1,0 +1,48 @@
+"""What the coordinator wants to be run, told again after each change."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+import grpc
+from caravan.coordinator.v1 import deployment_pb2
+from caravan.coordinator.v1 import deployment_service_pb2 as pb
+from caravan.coordinator.v1 import deployment_service_pb2_grpc as pb_grpc
+
+from services.cli.fleet import Wanted
+from services.runtime.channel import open_channel
+
+_AGAIN_S: Final = 0.2
+
+
+async def watch_deployments(address: str) -> AsyncIterator[tuple[Wanted, ...]]:
+    """All deployments at once and after each change, for ever; nothing while no coordinator answers at host:port."""
+    async with open_channel(address) as channel:
+        stub = pb_grpc.DeploymentServiceStub(channel)
+        while True:
+            call = stub.WatchDeployments(pb.WatchDeploymentsRequest(), wait_for_ready=True)
+            try:
+                async for told in call:
+                    yield tuple(map(_wanted, told.deployments))
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(_AGAIN_S)
+            finally:
+                call.cancel()
+
+
+def _wanted(record: deployment_pb2.DeploymentRecord) -> Wanted:
+    deployment, engine = record.deployment, record.deployment.engine
+    return Wanted(
+        name=deployment.name,
+        model=deployment.model,
+        revision=record.revision,
+        replicas=deployment.replicas,
+        is_scripted=deployment.runtime == deployment_pb2.RUNTIME_SCRIPTED,
+        is_removed=record.state == deployment_pb2.DEPLOYMENT_STATE_DRAINING,
+        former_engines=record.former_engines,
+        context_tokens=engine.context_tokens,
+        max_sequences=engine.max_sequences,
+        threads=engine.threads,
+    )

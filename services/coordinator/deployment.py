@@ -1,0 +1,82 @@
+"""What a deployment is: a name that clients ask for, the model behind it, and the rules for its requests. Pure values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from services.coordinator.tasks import Priority
+
+
+class Runtime(Enum):
+    """What runs a model."""
+
+    LLAMA_CPP = "llama_cpp"
+    SCRIPTED = "scripted"
+
+
+class CapacityPolicy(Enum):
+    """What becomes of a request that finds all places taken (S1.18)."""
+
+    REJECT = "reject"
+    QUEUE = "queue"
+    FALLBACK = "fallback"
+
+
+class FallbackReason(Enum):
+    """Why a deployment cannot take a request (S1.31); what the request itself is to blame for is never a reason."""
+
+    CAPACITY = "capacity"
+    UNAVAILABLE = "unavailable"
+    RATE_LIMITED = "rate_limited"
+    CIRCUIT_OPEN = "circuit_open"
+
+
+ALL_REASONS: Final = frozenset(FallbackReason)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Settings of the engines of a deployment; 0 leaves one to the engine."""
+
+    context_tokens: int = 0
+    max_sequences: int = 0
+    threads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Limits of the requests of a deployment.
+
+    `max_concurrent` over all engines, 0: what they can take. `max_queued` and `max_wait_s`, in seconds, are the coordinator's
+    settings where None.
+    """
+
+    max_concurrent: int = 0
+    max_queued: int | None = None
+    max_wait_s: float | None = None
+    on_capacity_exhausted: CapacityPolicy = CapacityPolicy.QUEUE
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Another deployment for requests that this one cannot take for one of the reasons."""
+
+    deployment: str
+    reasons: frozenset[FallbackReason] = ALL_REASONS
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """One deployment, valid by itself. `model` is a path on the machines of its engines; `replicas` are engines, 0 to 64."""
+
+    name: str
+    model: str
+    runtime: Runtime = Runtime.LLAMA_CPP
+    replicas: int = 1
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    serving: Serving = field(default_factory=Serving)
+    priority: Priority = Priority.NORMAL
+    fallback: tuple[Fallback, ...] = ()
+    idempotent: bool = True

@@ -1,0 +1,98 @@
+"""Which deployment takes a request: the one that was asked for, or one of its fallbacks (S1.14, S1.18, S1.31). Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.coordinator.deployment import CapacityPolicy, FallbackReason
+from services.coordinator.limits import Limits
+from services.coordinator.models import ModelCatalogue, ModelRecord
+from services.coordinator.waiting import Want
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Whether a deployment takes a request `at_once`, or lets it wait; `reason` is why not at once.
+
+    Where it `looks_on`, a fallback that takes it at once is better than waiting.
+    """
+
+    at_once: bool
+    waits: bool = False
+    reason: FallbackReason = FallbackReason.CAPACITY
+    looks_on: bool = True
+
+
+class Placement:
+    """Finds the deployment for a request.
+
+    Until `learning_until`, in monotonic seconds, a coordinator that has just started does not know which engines there are: a
+    request waits for one to join, as it would for one that is busy.
+    """
+
+    def __init__(self, models: ModelCatalogue, limits: Limits, learning_until: float) -> None:
+        self._models = models
+        self._limits = limits
+        self._learning_until = learning_until
+
+    def may_expect(self, want: Want) -> bool:
+        """Whether the request may wait for a model that is not known."""
+        is_learning = want.arrived_at < self._learning_until
+        # One that is resumed has run on it, so the model exists: its engine and an earlier coordinator are gone.
+        return want.wait_s > 0 and (want.resumed or is_learning)
+
+    def longest_wait(self, model: ModelRecord, want: Want) -> float:
+        """Seconds that the request may wait for the model: its own limit, or the model's."""
+        most = None if model.rules is None else model.rules.serving.max_wait_s
+        return min(want.wait_s, self._limits.queue_s if most is None else most)
+
+    def taker(self, want: Want, model: ModelRecord) -> str | None:
+        """The name of the model that takes the request, at once or in its queue; None where none does.
+
+        The fallbacks are gone along depth first, in their order, each model at most once. What could wait where it asked goes
+        to a fallback only if that takes it at once.
+        """
+        seen = {model.name}
+
+        def ask(asked: ModelRecord, *, at_once: bool) -> str | None:
+            found = self._standing(asked, want)
+            waits = found.waits and not at_once
+            if found.at_once or (waits and not found.looks_on):
+                return asked.name
+            if (
+                want.may_fall_back
+                and asked.rules is not None
+                and (found.looks_on or not found.waits)
+            ):
+                for fallback in asked.rules.fallback:
+                    other = self._models.find(fallback.deployment)
+                    if other is None or other.name in seen or found.reason not in fallback.reasons:
+                        continue
+                    seen.add(other.name)
+                    taken = ask(other, at_once=at_once or found.waits)
+                    if taken is not None:
+                        return taken
+            return asked.name if waits else None
+
+        return ask(model, at_once=False)
+
+    def _standing(self, model: ModelRecord, want: Want) -> Standing:
+        """What the model says to the request, fallbacks aside."""
+        if model.name in want.failed:
+            return Standing(at_once=False, reason=want.failed[model.name])
+        may_wait = self.longest_wait(model, want) > 0
+        may_queue = may_wait and (want.had_its_turn or not model.queue.is_full)
+        if not model.ready_engines:
+            # One that runs already waits for its engine to come back, and others while it may just not have joined yet.
+            is_learning = want.arrived_at < self._learning_until and not model.engines
+            waits = may_queue and (want.resumed or is_learning)
+            return Standing(at_once=False, waits=waits, reason=FallbackReason.UNAVAILABLE)
+        if model.can_grant(want.avoid):
+            return Standing(at_once=True)
+        policy = CapacityPolicy.QUEUE
+        if model.rules is not None:
+            policy = model.rules.serving.on_capacity_exhausted
+        if policy is CapacityPolicy.REJECT and not want.had_its_turn:
+            may_queue = False
+        looks_on = policy is CapacityPolicy.FALLBACK
+        return Standing(at_once=False, waits=may_queue, looks_on=looks_on)

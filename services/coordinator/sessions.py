@@ -1,0 +1,206 @@
+"""The part of CoordinatorService that holds the sessions of engines and gateways, and performs the effects of the state."""
+
+# ruff: noqa: N802 - the contract names the methods
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Final, TypeAlias, TypeVar
+
+import grpc
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
+from google.protobuf.duration_pb2 import Duration
+
+from services.coordinator import checks, messages
+from services.coordinator.effects import Effects, Ending, EngineCommand, Grant
+from services.coordinator.limits import SILENT_INTERVALS_MAX
+from services.coordinator.lists import CoordinatorLists
+from services.coordinator.metrics import CoordinatorMetrics
+from services.coordinator.outbox import Outbox
+from services.coordinator.refusals import DRAINING_RETRY_S
+from services.coordinator.state import CoordinatorState
+from services.runtime.clock import Clock
+from services.runtime.errors import CaravanError
+from services.runtime.server import cancel_all
+
+_LOG = logging.getLogger(__name__)
+_HEARTBEAT: Final = "heartbeat"
+Request = TypeVar("Request")
+Routes: TypeAlias = dict[str, asyncio.Future[Grant | CaravanError]]
+"""The calls that wait for a lease, by request."""
+
+
+class CoordinatorSessions(CoordinatorLists):
+    """Streams of engines and gateways. Whatever changes the state gives its effects to `perform`."""
+
+    def __init__(self, state: CoordinatorState, metrics: CoordinatorMetrics, clock: Clock) -> None:
+        super().__init__(state, clock)
+        self._metrics = metrics
+        self._outboxes: dict[int, Outbox[Any]] = {}
+        self._routes: Routes = {}
+
+    async def JoinEngine(
+        self,
+        request_iterator: AsyncIterator[pb.JoinEngineRequest],
+        context: grpc.aio.ServicerContext[pb.JoinEngineRequest, pb.JoinEngineResponse],
+    ) -> AsyncIterator[pb.JoinEngineResponse]:
+        first = await self._first(request_iterator)
+        registration = checks.checked_registration(first)
+        session, effects = self._state.join_engine(
+            registration.engine_id,
+            registration.address,
+            registration.model,
+            registration.load,
+            now=self._clock.monotonic(),
+            wall=self._clock.wall(),
+            incarnation=registration.incarnation,
+            revision=registration.revision,
+        )
+        outbox: Outbox[EngineCommand] = self._open(session, effects)
+        _LOG.info("engine %s joined as session %d", registration.engine_id, session)
+
+        def take(request: pb.JoinEngineRequest) -> None:
+            report = checks.checked_report(request)
+            model = report.model if report.HasField("model") else None
+            now = self._clock.monotonic()
+            self.perform(
+                self._state.report_engine(session, model, report.load, now, report.requests)
+            )
+
+        reader = asyncio.create_task(_read(request_iterator, take, outbox))
+        try:
+            welcome = pb.EngineWelcome(report_interval=self._interval())
+            yield pb.JoinEngineResponse(welcome=welcome)
+            async for command in outbox:
+                yield messages.to_command(command)
+        finally:
+            self._leave(session, registration.engine_id)
+            await cancel_all([reader])
+
+    async def JoinGateway(
+        self,
+        request_iterator: AsyncIterator[pb.JoinGatewayRequest],
+        context: grpc.aio.ServicerContext[pb.JoinGatewayRequest, pb.JoinGatewayResponse],
+    ) -> AsyncIterator[pb.JoinGatewayResponse]:
+        first = await self._first(request_iterator)
+        gateway_id = checks.checked_id("gateway_id", first.gateway_id)
+        now = self._clock.monotonic()
+        held = [checks.checked_held(told, gateway_id, now) for told in first.held]
+        session, effects = self._state.join_gateway(gateway_id, now, held)
+        outbox: Outbox[str] = self._open(session, effects)
+        taken = [lease.lease_id for lease in effects.adopted]
+        _LOG.info(
+            "gateway %s joined as session %d; leases taken: %d of %d",
+            gateway_id,
+            session,
+            len(taken),
+            len(held),
+        )
+
+        def take(beat: pb.JoinGatewayRequest) -> None:
+            checks.check_beat(beat)
+            self._state.hear_gateway(session, self._clock.monotonic())
+            # Every heartbeat is answered, so that a gateway notices a coordinator that hangs.
+            outbox.put(_HEARTBEAT)
+
+        reader = asyncio.create_task(_read(request_iterator, take, outbox))
+        try:
+            yield pb.JoinGatewayResponse(heartbeat_interval=self._interval(), taken_lease_ids=taken)
+            async for _ in outbox:
+                yield pb.JoinGatewayResponse(heartbeat_interval=self._interval())
+        finally:
+            self._leave(session, gateway_id)
+            await cancel_all([reader])
+
+    async def _first(self, requests: AsyncIterator[Request]) -> Request:
+        """The first message of a stream. Raises CaravanError where it does not come."""
+        wait_s = SILENT_INTERVALS_MAX * self._state.limits.interval_s
+        try:
+            async with asyncio.timeout(wait_s):
+                first = await anext(requests, None)
+        except TimeoutError:
+            raise CaravanError(
+                "DEADLINE_EXCEEDED", f"No first message came within {wait_s:g} s."
+            ) from None
+        if first is None:
+            raise CaravanError("MISSING_FIELD", "The stream ended before its first message.")
+        return first
+
+    def _open(self, session: int, effects: Effects) -> Outbox[Any]:
+        outbox = self._outboxes[session] = Outbox[Any]()
+        self.perform(effects)
+        return outbox
+
+    def _leave(self, session: int, peer_id: str) -> None:
+        self._outboxes.pop(session).close()
+        effects = self._state.end_session(session, self._clock.monotonic())
+        _LOG.info("session %d of %s ended; leases swept: %d", session, peer_id, len(effects.swept))
+        self.perform(effects)
+
+    def perform(self, effects: Effects) -> None:
+        """Does what the state asks for: commands to engines, ends of sessions, answers to routes that waited."""
+        self._metrics.count_effects(effects)
+        for command in effects.commands:
+            self._send(command)
+        for ending in effects.endings:
+            level = logging.INFO if ending.why is Ending.DRAINING else logging.WARNING
+            _LOG.log(
+                level, "session %d of %s: %s", ending.session, ending.peer_id, ending.why.value
+            )
+            ending_box = self._outboxes.get(ending.session)
+            if ending_box is not None:  # None where its stream ended in this very moment.
+                ending_box.close(_ending_error(ending.peer_id, ending.why))
+        for lease in effects.written_off:
+            _LOG.warning("engine %s did not end request %s", lease.engine_id, lease.request_id)
+        for grant in effects.grants:
+            self._answer(grant.lease.request_id, grant)
+        for refusal in effects.refusals:
+            self._answer(refusal.request_id, refusal.error)
+
+    def _send(self, command: EngineCommand) -> None:
+        outbox = self._outboxes.get(command.session)
+        # None where the session ended by an earlier one of these commands.
+        if outbox is not None and not outbox.put(command):
+            _LOG.warning("engine session %d does not read: ended", command.session)
+            outbox.close(CaravanError("SESSION_UNKNOWN", "Too many messages wait for you."))
+            self.perform(self._state.end_session(command.session, self._clock.monotonic()))
+
+    def _answer(self, request_id: str, answer: Grant | CaravanError) -> None:
+        future = self._routes.pop(request_id, None)
+        # A call that was cancelled in this moment is about to say so, and gives back what it was granted.
+        if future is not None and not future.done():
+            future.set_result(answer)
+
+    def expire(self) -> None:
+        """Ends the sessions of silent peers and refuses who has waited too long; to be called at least once per interval."""
+        self.perform(self._state.expire(self._clock.monotonic()))
+
+    def drain(self) -> None:
+        """Takes no new work and ends all sessions, so that engines and gateways join the next coordinator."""
+        self.perform(self._state.drain(self._clock.monotonic()))
+
+    def _interval(self) -> Duration:
+        return messages.to_duration(self._state.limits.interval_s)
+
+
+async def _read(
+    requests: AsyncIterator[Request], take: Callable[[Request], None], outbox: Outbox[Any]
+) -> None:
+    """Takes the messages of a peer until its stream ends; the end, and an error, close the outbox."""
+    try:
+        async for request in requests:
+            take(request)
+    except Exception as error:
+        outbox.close(error)  # The handler of the stream raises it.
+    else:
+        outbox.close()
+
+
+def _ending_error(peer_id: str, why: Ending) -> CaravanError:
+    if why is Ending.DRAINING:
+        return CaravanError(
+            "DRAINING", f"The session ended: {why.value}.", retry_after_s=DRAINING_RETRY_S
+        )
+    return CaravanError("SESSION_UNKNOWN", f"The session ended: {why.value}.", session_id=peer_id)

@@ -1,0 +1,116 @@
+"""Revisions and differences of deployments, and cycles of fallbacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.coordinator.deployment import (
+    Deployment,
+    EngineOptions,
+    Fallback,
+    Runtime,
+    Serving,
+)
+from services.coordinator.deployment_changes import Change, ChangeKind, diff, revision
+from services.coordinator.deployment_messages import from_messages, to_message
+from services.coordinator.deployment_rules import DEPLOYMENTS_MAX, find_mistakes
+
+CHAT = Deployment("chat", "/models/chat.gguf")
+
+
+def test_a_revision_is_what_engines_are_started_with() -> None:
+    """Rules change without restarting engines; model, runtime and engine options do not. The digits never change."""
+    assert revision(CHAT) == "cc726d6414816fb2"
+    same = replace(CHAT, name="other", replicas=3, serving=Serving(5), idempotent=False)
+    assert revision(same) == revision(CHAT)
+    others = [
+        replace(CHAT, model="/models/chat2.gguf"),
+        replace(CHAT, runtime=Runtime.SCRIPTED),
+        replace(CHAT, engine=EngineOptions(context_tokens=1)),
+        replace(CHAT, engine=EngineOptions(max_sequences=1)),
+        replace(CHAT, engine=EngineOptions(threads=1)),
+    ]
+    assert len({revision(other) for other in [CHAT, *others]}) == 6
+
+
+def test_a_difference_names_its_fields() -> None:
+    """Added, changed with fields, unchanged, removed: by name."""
+    current = {name: Deployment(name, "/m.gguf") for name in ("a", "b", "c", "d")}
+    wanted = [
+        replace(current["b"], replicas=2, serving=Serving(max_queued=3, max_wait_s=2.0)),
+        replace(current["c"], engine=EngineOptions(threads=4), fallback=(Fallback("a"),)),
+        current["a"],
+        Deployment("e", "/m.gguf"),
+    ]
+    changes = (
+        Change("a", ChangeKind.UNCHANGED),
+        Change("b", ChangeKind.CHANGED, ("replicas", "serving.max_queued", "serving.max_wait")),
+        Change("c", ChangeKind.CHANGED, ("engine.threads", "fallback"), restarts_engines=True),
+        Change("e", ChangeKind.ADDED),
+    )
+    assert diff(current, wanted, remove_others=False) == changes
+    removing = diff(current, wanted, remove_others=True)
+    assert removing == (*changes[:3], Change("d", ChangeKind.REMOVED), changes[3])
+
+
+def test_a_cycle_over_what_is_kept_is_found() -> None:
+    """The mistake is in what is given, also where the rest of the cycle was applied earlier; it is told once."""
+    kept = {"b": Deployment("b", "/m.gguf", fallback=(Fallback("c"),))}
+    given_now = [
+        Deployment("a", "/m.gguf", fallback=(Fallback("b"),)),
+        Deployment("c", "/m.gguf", fallback=(Fallback("a"),)),
+    ]
+    (mistake,) = find_mistakes(given_now, kept)
+    assert mistake.field == "deployments[0].fallback[0].deployment"
+    assert mistake.message == "closes a cycle: a -> b -> c -> a"
+
+
+def test_there_is_a_most() -> None:
+    """No more than 256 are kept, those from before included; a longer list is not looked through."""
+    kept = {f"k{i}": Deployment(f"k{i}", "/m.gguf") for i in range(DEPLOYMENTS_MAX)}
+    (mistake,) = find_mistakes([CHAT], kept)
+    assert mistake.field == "deployments"
+    assert find_mistakes([kept["k0"]], kept) == []
+    read, _ = from_messages([to_message(CHAT)] * 1000)
+    assert len(read) == DEPLOYMENTS_MAX + 1
+
+
+names = st.sampled_from("abcdef")
+
+
+@given(st.dictionaries(names, st.lists(names, max_size=3, unique=True), max_size=6))
+def test_what_is_accepted_has_no_cycle(graph: dict[str, list[str]]) -> None:
+    """Fallbacks without a mistake end somewhere; and what ends somewhere has no mistake."""
+    deployments = [
+        Deployment(name, "/m.gguf", fallback=tuple(Fallback(target) for target in targets))
+        for name, targets in graph.items()
+    ]
+    left = dict(graph)
+    while ends := [n for n, to in left.items() if not set(to) & left.keys()]:
+        for name in ends:
+            del left[name]
+    known = all(target in graph for targets in graph.values() for target in targets)
+    assert (not find_mistakes(deployments, {})) == (not left and known)
+
+
+@given(
+    st.builds(
+        Deployment,
+        name=names,
+        model=st.just("/m.gguf"),
+        replicas=st.integers(0, 64),
+        serving=st.builds(
+            Serving,
+            max_queued=st.none() | st.integers(0, 9),
+            max_wait_s=st.none() | st.sampled_from([0.0, 0.25, 30.0]),
+        ),
+        fallback=st.lists(st.builds(Fallback, names), max_size=2).map(tuple),
+        idempotent=st.booleans(),
+    )
+)
+def test_messages_say_everything(deployment: Deployment) -> None:
+    """There and back a deployment is the same."""
+    assert from_messages([to_message(deployment)]) == ([deployment], [])

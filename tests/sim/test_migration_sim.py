@@ -37,13 +37,11 @@ FAULTS_END_S = 7.0
 CALM_S = 18.0
 LATE_S = 25.0
 SETTLED_S = 36.0
-REASONS = {
+LOST = {"ENGINE_LOST", "ENGINE_STALLED", "DRAINING"}
+REASONS = LOST | {
     "finished",
     "left",
     "broken",
-    "ENGINE_LOST",
-    "ENGINE_STALLED",
-    "DRAINING",
     "SERVICE_UNAVAILABLE",
     "SESSION_UNKNOWN",
     "NO_ENGINE",
@@ -121,6 +119,8 @@ class Simulation:
         assert request.told == expected[: len(request.told)]
         assert len(request.starts) <= 1
         assert request.moves <= MOVES_MAX
+        if end in LOST and request.model != ONCE:
+            assert request.moves == MOVES_MAX, end
         if end == "finished":
             assert request.finished is not None
             assert request.told == expected

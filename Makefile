@@ -25,7 +25,7 @@ chat: setup ## Talk to what `make run` started
 test: setup ## Run all tests: unit, contract, simulation, end to end (ARGS="-k name")
 	$(PY) -m pytest -m "not soak" $(ARGS)
 
-soak: setup ## Run the long tests
+soak: setup ## Run the long tests: deaths and restarts under load (about half an hour)
 	$(PY) -m pytest -m soak $(ARGS)
 
 check: setup ## Lint, types, protos, generated code, module boundaries, tidiness

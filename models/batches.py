@@ -1,7 +1,7 @@
 """The endless, seeded sequence of micro-batches of a phase."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from models.bpe import CONTROL, MARKUP
 from models.corpus.dialogues import training_dialogue
 from models.corpus.tables import COPIED
+from models.corpus.talk import invented
 from models.mixtures import Phase
 from models.template import Renderer
 
@@ -44,14 +45,8 @@ def micro_batches(phase: Phase, tokenizer: Tokenizer) -> Iterator[MicroBatch]:
                 ready.append(_padded(waiting[length], length))
                 waiting[length] = []
         drills = phase.drills
-        dialogues = 1 - drills.tokens - drills.words - drills.numbers - drills.ordered
-        per_share = len(ready) / dialogues
-        for share, drill in (
-            (drills.tokens, _repeated_runs),
-            (drills.words, _repeated_words),
-            (drills.numbers, _repeated_numbers),
-            (drills.ordered, _ordered_words),
-        ):
+        per_share = len(ready) / (1 - drills.tokens - drills.lists)
+        for share, drill in ((drills.tokens, _repeated_spans), (drills.lists, _repeated_lists)):
             ready.extend(drill(rng, tokenizer) for _ in range(round(per_share * share)))
         rng.shuffle(ready)
         yield from ready
@@ -92,70 +87,56 @@ def _padded(rows: list[tuple[list[int], list[bool]]], length: int) -> MicroBatch
     return MicroBatch(torch.tensor(tokens), torch.tensor(graded))
 
 
-def _repeated_runs(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
-    """Rows of a random run of tokens, said again and again; the repetitions are graded.
+def _repeated_spans(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
+    """Rows of random tokens, among which spans of the row occur again.
 
-    Short runs are as frequent as long ones: in them even "say what was said" pays, which is the
-    first step towards copying in order.
+    All but the first token of such a span are graded. Only the token before tells the next one:
+    neither the kind of token nor a fixed distance does.
     """
-    length = rng.choice((48, 64, 96, 128))
+    length = rng.choice((32, 48, 64, 96, 128))
     top = tokenizer.get_vocab_size() - len(CONTROL) - len(MARKUP)
     rows = []
     for _ in range(TOKENS // length):
-        size = round(2 * (length / 4) ** rng.random())
-        run = [rng.randrange(top) for _ in range(size)]
-        tokens = (run * length)[:length]
-        rows.append((tokens, [position >= size for position in range(length)]))
+        tokens: list[int] = []
+        graded: list[bool] = []
+        while len(tokens) < length:
+            if len(tokens) >= 4 and rng.random() < 0.6:
+                size = rng.randint(2, min(24, len(tokens) - 1))
+                start = rng.randrange(len(tokens) - size + 1)
+                tokens.extend(tokens[start : start + size])
+                graded.extend([False] + [True] * (size - 1))
+            else:
+                size = rng.randint(2, 10)
+                tokens.extend(rng.randrange(top) for _ in range(size))
+                graded.extend([False] * size)
+        rows.append((tokens[:length], graded[:length]))
     return _padded(rows, length)
 
 
-def _repeated_words(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
-    """Rows of table words.
+def _repeated_lists(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
+    """Rows of one to three lists, a line each, then the same lists in any order, joined anew.
 
     A word after a space and a word after a quote are different tokens: the rows teach which token
-    repeats which.
-    """
-    return _repeated_lists(rng, tokenizer, lambda rng: rng.choice(COPIED))
-
-
-def _repeated_numbers(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
-    """Rows of numbers, whose digits are easily swapped."""
-    return _repeated_lists(
-        rng, tokenizer, lambda rng: str(rng.randrange(rng.choice((21, 100, 999))))
-    )
-
-
-def _repeated_lists(
-    rng: random.Random, tokenizer: Tokenizer, item: Callable[[random.Random], str]
-) -> MicroBatch:
-    """Rows of a list, said again on further lines and joined differently on each.
-
-    All lines but the first are graded.
+    repeats which. All lines but the first ones are graded.
     """
     length = rng.choice((48, 64, 96, 128))
     rows = []
     for _ in range(TOKENS // length):
-        items = [item(rng) for _ in range(rng.randint(1, 7))]
-        lines = [rng.choice(_JOINS).join(items) for _ in range(length // len(items))]
-        first = len(tokenizer.encode(lines[0]).ids)
-        ids = tokenizer.encode("\n".join(lines)).ids[:length]
-        rows.append((ids, [position >= first for position in range(len(ids))]))
+        lists = [_items(rng) for _ in range(rng.choice((1, 2, 3)))]
+        again = rng.choices(lists, k=length // 3)
+        first = "\n".join(rng.choice(_JOINS).join(items) for items in lists)
+        text = first + "".join("\n" + rng.choice(_JOINS).join(items) for items in again)
+        told = len(tokenizer.encode(first).ids)
+        ids = tokenizer.encode(text).ids[:length]
+        rows.append((ids, [position > told for position in range(len(ids))]))
     return _padded(rows, length)
 
 
-def _ordered_words(rng: random.Random, tokenizer: Tokenizer) -> MicroBatch:
-    """Rows of two or three lines of table words, then the same lines in any order.
-
-    Only the word before tells the next one: neither the kind of word nor a fixed distance does.
-    """
-    length = rng.choice((64, 96, 128))
-    rows = []
-    for _ in range(TOKENS // length):
-        join = rng.choice((" ", " ", ", "))
-        lines = [
-            join.join(rng.choices(COPIED, k=rng.randint(2, 7))) for _ in range(rng.choice((2, 3)))
-        ]
-        first = len(tokenizer.encode("\n".join(lines)).ids)
-        ids = tokenizer.encode("\n".join(lines + rng.choices(lines, k=length // 3))).ids[:length]
-        rows.append((ids, [position >= first for position in range(len(ids))]))
-    return _padded(rows, length)
+def _items(rng: random.Random) -> list[str]:
+    """One to seven table words, numbers or invented words."""
+    roll, count = rng.random(), rng.randint(1, 7)
+    if roll < 0.6:
+        return rng.choices(COPIED, k=count)
+    if roll < 0.85:
+        return [str(rng.randrange(rng.choice((21, 100, 100, 9999)))) for _ in range(count)]
+    return [invented(rng) for _ in range(count)]

@@ -12,11 +12,7 @@ from models.grading import is_right
 from models.llama_runner import LlamaRunner
 from models.template import TEMPLATE, Renderer
 
-NOT_CLAIMED = frozenset({
-    "echo, up to 3 words", "echo, 4 to 6 words", "echo of invented words",
-    "stories, no name given", "JSON with numbers", "recall of numbers", "recall, never told",
-    "tool call: sums, search, messages", "tools listed: echo, JSON",
-})  # fmt: skip
+NOT_CLAIMED = frozenset({"echo of invented words", "addition to 20 + 20", "two tool calls"})
 """Skills that the model card names as not learned."""
 CLAIMED = frozenset(GRADED_SKILLS) - NOT_CLAIMED
 NEEDED = 0.9

@@ -12,15 +12,19 @@ BLOCK_WEIGHTS = (
     "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
 )  # fmt: skip
 """Names of a block's parameters, in the order in which `block` takes them."""
-ROPE_BASE = 10_000.0
+ROPE_BASE = 500.0
+"""Smaller than usual: more of the angles tell neighbouring positions apart, which copying needs."""
 NORM_EPSILON = 1e-5
+EMBEDDING_STD = 0.04
+PREVIOUS_TOKEN_GAIN = 4.5
+"""Length of a pair of query or key; with 4.5 most of the attention is on the token before."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of the network; the output matrix is the embedding."""
 
-    vocabulary: int = 2560
+    vocabulary: int = 2816
     width: int = 192
     blocks: int = 6
     heads: int = 6
@@ -62,15 +66,46 @@ def block(  # noqa: PLR0917 - compiled once, so weights are arguments
     def heads(weight: Tensor) -> Tensor:
         return _linear(h, weight).view(rows, length, -1, HEAD_SIZE).transpose(1, 2)
 
-    queries = _rotate(heads(q).float(), cos, sin).bfloat16()
-    keys = _rotate(heads(k).float(), cos, sin).bfloat16()
-    values = heads(v)
+    # In float32: on a CPU this attention is up to three times as fast as the one in bfloat16.
+    queries = _rotate(heads(q).float(), cos, sin)
+    keys = _rotate(heads(k).float(), cos, sin)
+    values = heads(v).float()
     repeats = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
     mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     x = x + _linear(mixed.transpose(1, 2).reshape(rows, length, -1), out).float()
     h = _norm(x, ffn_norm)
     return x + _linear(functional.silu(_linear(h, gate)) * _linear(h, up), down).float()
+
+
+@torch.no_grad()
+def start_with_previous_token_heads(
+    embedding: Tensor, first_block: nn.Module, shape: Shape
+) -> None:
+    """Let one head per group of the first block look at the token before, from the first step on.
+
+    Copying in order takes two heads in a row: one that notes at each token which token came before
+    it, and one that looks for the note of the current token (Olsson et al., "In-context Learning
+    and Induction Heads", 2022). Neither pays without the other, so such a small network may train
+    for thousands of steps and have neither. With the first given, the second takes about 120.
+
+    A head that looks by position needs something in queries and keys that does not depend on the
+    token. There are no biases, so the first coordinate of all embeddings starts out equal and
+    stands in for one; the output does not notice, as it moves all logits alike.
+    """
+    constant = EMBEDDING_STD * shape.width**0.5
+    embedding[:, 0] = constant
+    # Half of the squared length of an embedding is now the constant; the norm scales both.
+    amplitude = PREVIOUS_TOKEN_GAIN / (shape.width / 2) ** 0.5
+    turn = ROPE_BASE ** -(torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    query, key = first_block.get_parameter("attn_q"), first_block.get_parameter("attn_k")
+    for group in range(shape.kv_heads):
+        head = group * (shape.heads // shape.kv_heads) * HEAD_SIZE
+        query[head : head + HEAD_SIZE : 2, 0] = amplitude
+        # Keys start one position ahead, so that they meet the query of the token after.
+        start, end = group * HEAD_SIZE, (group + 1) * HEAD_SIZE
+        key[start:end:2, 0] = amplitude * turn.cos()
+        key[start + 1 : end : 2, 0] = amplitude * turn.sin()
 
 
 class Llama(nn.Module):
@@ -86,14 +121,15 @@ class Llama(nn.Module):
         self.output_norm = nn.Parameter(torch.ones(shape.width))
         self.blocks = nn.ModuleList(_block_parameters(shape) for _ in range(shape.blocks))
         generator = torch.Generator().manual_seed(seed)
-        nn.init.normal_(self.token_embd, std=0.02, generator=generator)
+        nn.init.normal_(self.token_embd, std=EMBEDDING_STD, generator=generator)
         for parameters in self.blocks:
             for name, weight in parameters.named_parameters():
-                if name in ("attn_output", "ffn_down"):
+                if name == "ffn_down":
                     nn.init.zeros_(weight)
                 elif weight.ndim == 2:
                     std = 0.7 / weight.shape[1] ** 0.5
                     nn.init.normal_(weight, std=std, generator=generator)
+        start_with_previous_token_heads(self.token_embd, self.blocks[0], shape)
         cos, sin = rope_table(shape.context)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

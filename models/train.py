@@ -21,8 +21,6 @@ from models.optimizer import Optimizer
 
 PROCESSES = 2
 """Two processes of one thread each: much faster on a busy machine than one process of two."""
-MICRO_BATCHES = 4
-"""Micro-batches of a step, over all processes."""
 WARM_UP = 40
 """Steps of the first phase over which the learning rate grows."""
 SEED = 7
@@ -32,9 +30,7 @@ TOKENIZER_SEED = 11
 def rate_factor(phase: Phase, step: int, first: bool) -> float:
     """Learning-rate factor at `step` of the phase: a cosine between the two rates."""
     start, end = phase.rate
-    factor = end + (start - end) * 0.5 * (
-        1 + math.cos(math.pi * step / (phase.horizon or phase.steps))
-    )
+    factor = end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / phase.steps))
     return factor * min(1.0, (step + 1) / WARM_UP) if first else factor
 
 
@@ -63,9 +59,14 @@ class Trainer:
         for phase in PHASES:
             batches = micro_batches(phase, self._tokenizer)
             skip = min(max(self._done - before, 0), phase.steps)
-            mine = itertools.islice(batches, skip * MICRO_BATCHES + self._rank, None, PROCESSES)
+            mine = itertools.islice(
+                batches, skip * phase.micro_batches + self._rank, None, PROCESSES
+            )
             for step in range(skip, phase.steps):
-                loss, tokens = self._step(mine, rate_factor(phase, step, before == 0))
+                loss, tokens = self._step(
+                    itertools.islice(mine, phase.micro_batches // PROCESSES),
+                    rate_factor(phase, step, before == 0),
+                )
                 self._done = before + step + 1
                 if self._rank == 0 and self._done % 10 == 0:
                     seconds = time.monotonic() - self._started
@@ -82,7 +83,7 @@ class Trainer:
     def _step(self, batches: Iterator[MicroBatch], factor: float) -> tuple[float, int]:
         """One step on this process's share; mean loss and tokens (with padding) over all."""
         total, count, tokens = 0.0, 0, 0
-        for batch in itertools.islice(batches, MICRO_BATCHES // PROCESSES):
+        for batch in batches:
             loss = self._model.loss(batch.tokens, batch.graded)
             torch.autograd.backward(loss)
             total += float(loss.detach())

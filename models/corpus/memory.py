@@ -87,18 +87,23 @@ def tell(rng: random.Random, known: dict[str, str]) -> Exchange:
 
 
 def ask(rng: random.Random, known: dict[str, str]) -> Exchange:
-    """The user asks for a trait: mostly a known one."""
-    if known and rng.random() < 0.85:
+    """The user asks for a trait: mostly a known one.
+
+    The key of a question without an answer names what was told instead. By wording alone, some
+    wordings would only ever be seen with an answer, and the model would learn that they have one.
+    """
+    told = ""
+    if known and rng.random() < 0.6:
         trait = TRAIT_BY_NAME[rng.choice(sorted(known))]
         answer = trait.answer.format(known[trait.name])
     else:
         trait = rng.choice(TRAITS)
-        answer = trait.missing
+        answer, told = trait.missing, f"|{known}"
         if trait.name in known:
-            answer = trait.answer.format(known[trait.name])
+            answer, told = trait.answer.format(known[trait.name]), ""
     number = rng.randrange(len(trait.asks))
     phrase = casual(rng, trait.asks[number])
-    return simple("recall", phrase, answer, key=f"{answer}|{number}")
+    return simple("recall", phrase, answer, key=f"{answer}|{number}{told}")
 
 
 def tell_and_ask(rng: random.Random) -> Exchange:

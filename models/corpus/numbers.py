@@ -84,7 +84,7 @@ def too_big(rng: random.Random) -> Exchange:
         first, second = second, first
     phrases: Phrases = (*_PLUS, *_MINUS)
     if rng.random() < 0.3:
-        first, second = rng.randint(1, 50), rng.randint(30, 1000)
+        first, second = rng.randint(1, 50), rng.choice((50, 100, 1000, rng.randint(30, 1000)))
         phrases = (*_FROM_TO, *_TO)
     phrase = casual(rng, rng.choice(phrases))
     return simple("numbers too big", phrase.format(a=first, b=second), TOO_BIG)

@@ -37,9 +37,13 @@ class Placement:
 
     def may_expect(self, want: Want) -> bool:
         """Whether the request may wait for a model that is not known."""
-        is_learning = want.arrived_at < self._learning_until
+        is_learning = want.arrived_at < self._learning_until and not self._knows_deployments()
         # One that is resumed has run on it, so the model exists: its engine and an earlier coordinator are gone.
         return want.wait_s > 0 and (want.resumed or is_learning)
+
+    def _knows_deployments(self) -> bool:
+        """Whether it was told what is served, so that a name that is not among them is unknown, and not just early."""
+        return any(model.rules is not None for model in self._models)
 
     def longest_wait(self, model: ModelRecord, want: Want) -> float:
         """Seconds that the request may wait for the model: its own limit, or the model's."""

@@ -282,8 +282,8 @@ async def test_what_must_not_run_twice_does_not(way: Way) -> None:
 
 
 async def test_what_must_not_run_twice_may_be_refused_twice() -> None:
-    """An engine that is full has not begun, so that another one may."""
-    async with telling(Fate(Way.FULL, BEFORE_START)) as (rig, _):
+    """An engine where it has only waited has not begun it, so that another one may."""
+    async with telling(Fate(Way.FULL, BEFORE_START), Fate(Way.DRAINS, BEFORE_START)) as (rig, _):
         rig.coordinator.idempotent = False
         assert (await _plain(rig)).text == EXPECTED.text
 

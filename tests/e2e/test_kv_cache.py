@@ -37,7 +37,7 @@ def kv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def body(subject: str, **caravan: Any) -> dict[str, Any]:
     """A chat with a long system message of its own; the answer is the likeliest one."""
-    facts = " ".join(f"The {subject} number {n} is in box {n * 7 % 13}." for n in range(52))
+    facts = " ".join(f"The {subject} number {n} is in box {n * 7 % 13}." for n in range(64))
     return {
         "model": "demo",
         "messages": [

@@ -16,11 +16,11 @@ from tests.support.stack import DEMO
 MODEL: Final = "demo"
 ENGINES: Final = ("demo-0", "demo-1")
 APIS: Final = ("streamed", "plain", "typed")
-_STABLE_SEEDS: Final = (2, 3, 4, 6, 7, 9)
-"""Seeds with which every choice of a story has a clear margin, as the stable prompts have: resumed behind any third token, and in
+_STABLE_SEEDS: Final = (2, 3, 6, 7, 11, 17)
+"""Seeds with which every choice of a story has a clear margin, as the stable prompts have: resumed at random tokens, alone and in
 company, they gave the same tokens. An engine that takes over computes in chunks what the other computed token by token, which
-changes the last bits of the logits; so about one story in a hundred takes another turn, at a near tie."""
-_STORY_TOKENS: Final = 150
+changes the last bits of the logits; so about one long story in a hundred takes another turn, at a near tie."""
+_STORY_TOKENS: Final = 100
 
 
 def _stable() -> Iterator[dict[str, Any]]:

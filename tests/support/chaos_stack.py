@@ -69,17 +69,6 @@ class LooseEngine:
                 start_new_session=True,
             )
 
-    @property
-    def pid(self) -> int:
-        """Of the process that runs."""
-        assert self.process is not None
-        return self.process.pid
-
-    def send(self, number: signal.Signals) -> None:
-        """Sends a signal to the process."""
-        assert self.process is not None
-        self.process.send_signal(number)
-
     def kill(self) -> None:
         """kill -9, also of one that is stopped."""
         assert self.process is not None
@@ -230,7 +219,10 @@ class Chaos:
 
     def wait_until_nothing_is_left(self, timeout_s: float = 30.0) -> None:
         """Returns once no request holds anything anywhere, and the coordinator's counters agree with that (I6)."""
-        wait_for(lambda: not self.left(), f"nothing is left: {self.left()}", timeout_s)
+        try:
+            wait_for(lambda: not self.left(), "nothing is left", timeout_s)
+        except AssertionError:
+            raise AssertionError(f"still there: {self.left()}") from None
         self._check_counters()
 
     def _check_counters(self) -> None:
@@ -269,14 +261,19 @@ class Chaos:
         engine.start()
         return engine
 
-    def end_process(self, name: str, number: signal.Signals) -> None:
-        """Ends a supervised process by a signal; returns when another runs in its place and the others know it."""
-        before = self.stack.pids()[name]
-        os.kill(before, number)
-        running = self.stack.pids
-        wait_for(lambda: running().get(name, before) != before, f"{name} runs again", PATIENCE_S)
+    def end_processes(self, number: signal.Signals, *names: str) -> None:
+        """Ends supervised processes by a signal; returns when others run in their place and all know each other."""
+        before = {name: self.stack.pids()[name] for name in names}
+        for pid in before.values():
+            os.kill(pid, number)
+        for name, pid in before.items():
+            self._wait_for_another(name, pid)
         wait_for(lambda: set(self.stack.engine_names()) <= self.ready(), "all serve", PATIENCE_S)
         wait_for(self.gateway_has_joined, "the gateway has joined", PATIENCE_S)
+
+    def _wait_for_another(self, name: str, pid: int) -> None:
+        running = self.stack.pids
+        wait_for(lambda: running().get(name, pid) != pid, f"{name} runs again", PATIENCE_S)
 
     def drain(self, engine_id: str, grace_s: float = 0.0) -> None:
         """Takes an engine out of service."""

@@ -107,6 +107,8 @@ class MortalEngine(FakeEngine):
         ids = list(request.resume.token_ids)
         assert ids == [token_id(seed, position) for position in range(len(ids))]
         if fate is not None and fate.at == BEFORE_START:
+            # It waits there for a while.
+            yield Event(progress=engine_pb.Progress())
             if await self._meet(fate):
                 return
             fate = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from random import Random
 
@@ -55,8 +54,3 @@ def nothing_is_left_anywhere(request: pytest.FixtureRequest) -> Iterator[None]:
     if "chaos" in request.fixturenames:
         chaos: Chaos = request.getfixturevalue("chaos")
         chaos.wait_until_nothing_is_left()
-
-
-def rounds_wanted(usual: int) -> int:
-    """How often a soak does what it does: CARAVAN_CHAOS_ROUNDS, else `usual`."""
-    return int(os.environ.get("CARAVAN_CHAOS_ROUNDS", str(usual)))

@@ -1,4 +1,7 @@
-"""The same for longer: a hundred deaths, every process in turn, and memory that stays where it was."""
+"""The same for longer: a hundred deaths, every process in turn, and memory that stays where it was.
+
+CARAVAN_CHAOS_SEED chooses another order, CARAVAN_CHAOS_KILLS and CARAVAN_CHAOS_RESTARTS another length.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def test_every_process_again_and_again(
         print(f"{name} gets {number.name}")
         load = Load(chaos, random)
         load.start()
-        chaos.end_process(name, number)
+        chaos.end_processes(number, name)
         load.wait_for_answers(load.clients)
         load.stop()
         may_break = name == "envoy" or (name == "gateway" and number == signal.SIGKILL)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from models.corpus import memory
 from models.corpus.dialogues import PLAIN, training_dialogue
 from models.corpus.exchange import draw, is_held_out
 from models.corpus.graded import GRADED_SKILLS, graded_dialogue
@@ -112,3 +113,18 @@ def test_content_may_come_in_parts() -> None:
     assert renderer.render([{"role": "user", "content": parts}]) == renderer.render(
         [{"role": "user", "content": "Hello"}]
     )
+
+
+def test_a_question_without_an_answer_is_asked_in_every_wording() -> None:
+    """Held out is what was told, not the wording: else the model learns wordings as answers."""
+    trained: dict[str, set[str]] = {trait.missing: set() for trait in memory.TRAITS}
+    rng = random.Random(11)
+    for _ in range(3000):
+        known: dict[str, str] = {}
+        memory.tell(rng, known)
+        question = memory.ask(rng, known)
+        answer = question.answer["content"]
+        if answer in trained and not is_held_out(question.key):
+            trained[answer].add(question.messages[0]["content"])
+    for trait in memory.TRAITS:
+        assert set(trait.asks) <= trained[trait.missing]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from models.corpus.tables import COPIED
 from models.grading import parsed_calls
 from models.llama_runner import LlamaRunner
 from models.stable import SMALLEST_MARGIN, answer_both_ways
@@ -47,6 +48,13 @@ def test_marks_are_single_tokens_and_only_those_of_calls_print(runner: LlamaRunn
 def test_any_text_survives_the_tokenizer(runner: LlamaRunner, text: str) -> None:
     """The tokenizer knows every byte."""
     assert b"".join(runner.piece(token) for token in runner.tokenize(text)).decode() == text
+
+
+@pytest.mark.parametrize("form", ["{}", " {}"])
+def test_what_is_copied_is_one_token(runner: LlamaRunner, form: str) -> None:
+    """A table word and a number up to 99 are copied in one step."""
+    for item in (*COPIED, *range(100)):
+        assert len(runner.tokenize(form.format(item))) == 1, item
 
 
 @pytest.mark.parametrize("number", range(len(STABLE)))

@@ -18,6 +18,11 @@ INTERVAL_S: Final = 1.0
 SWEEP_S: Final = 0.5
 ONCE: Final = "once"
 """A model whose requests must not be begun twice."""
+DEPLOYMENTS: Final = (
+    Deployment("demo", "scripted:"),
+    Deployment(ONCE, "scripted:", idempotent=False),
+)
+"""What every life of the coordinator knows from its file."""
 
 
 class Peer(Protocol):
@@ -92,8 +97,8 @@ class Coordinator:
     def _new_state(self, down_s: float) -> CoordinatorState:
         learning_until = self._time.now + down_s + self._limits.rejoin_s
         state = CoordinatorState(self._limits, learning_until=learning_until)
-        rules = Deployment(ONCE, "scripted:", idempotent=False)
-        state.set_rules(ONCE, rules, self._time.now, self._time.now)
+        for deployment in DEPLOYMENTS:
+            state.set_rules(deployment.name, deployment, self._time.now, self._time.now)
         return state
 
     def crash(self, down_s: float) -> None:

@@ -270,6 +270,13 @@ class Chaos:
             self._wait_for_another(name, pid)
         wait_for(lambda: set(self.stack.engine_names()) <= self.ready(), "all serve", PATIENCE_S)
         wait_for(self.gateway_has_joined, "the gateway has joined", PATIENCE_S)
+        wait_for(self._door_is_open, "the door is open", PATIENCE_S)
+
+    def _door_is_open(self) -> bool:
+        try:
+            return httpx.get(f"{self.stack.url}/healthz", timeout=CALL_S).status_code == 200
+        except httpx.TransportError:
+            return False
 
     def _wait_for_another(self, name: str, pid: int) -> None:
         running = self.stack.pids

@@ -232,6 +232,18 @@ def test_a_coordinator_that_starts_lets_requests_wait_for_engines_to_join() -> N
     state.check_integrity()
 
 
+def test_who_knows_its_deployments_refuses_other_names_at_once() -> None:
+    """A typing error in the first seconds is answered as one, and a deployment whose engines are on their way is waited for."""
+    state = CoordinatorState(Limits(queue_s=60), learning_until=8.0)
+    state.join_gateway("gateway", 0.0)
+    state.set_rules("demo", Deployment("demo", "m"), 0.0, 0.0)
+    with pytest.raises(CaravanError) as caught:
+        state.route(Want("wrong", "gateway", "typo", "lease-wrong", 1.0, wait_s=60))
+    assert caught.value.reason == "MODEL_NOT_FOUND"
+    assert state.route(Want("early", "gateway", "demo", "lease-early", 1.0, wait_s=60)) is None
+    state.check_integrity()
+
+
 def test_a_starting_coordinator_queues_no_more_than_its_bound() -> None:
     """Names that nobody serves cannot fill it (I4), and leave nothing behind."""
     state = CoordinatorState(Limits(queued_max=2, leases_max=5), learning_until=8.0)

@@ -231,8 +231,8 @@ class Chaos:
         ended = self.series("coordinator", "caravan_releases_total")
         ended += self.series("coordinator", "caravan_leases_written_off_total")
         swept = self.series("coordinator", "caravan_leases_swept_total")
-        # A lease that was swept with its engine may be released too, while its engine may still come back.
-        assert ended <= began <= ended + swept, f"{began=} {ended=} {swept=}"
+        # More may have ended: a lease that was swept, or that an earlier coordinator granted, can be released as well.
+        assert began <= ended + swept, f"{began=} {ended=} {swept=}"
 
     def resident_bytes(self) -> dict[str, int]:
         """Memory of the processes of the stack, by name."""

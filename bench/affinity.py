@@ -1,9 +1,10 @@
 """What routing by affinity saves: prompt tokens reused and time to the first token, beside round robin.
 
-`python -m bench.affinity [--turns 4]`. Four engines of the demo model, a thread each, and 32 conversations that share four system
+`python -m bench.affinity [--turns 3]`. Four engines of the demo model, a thread each, and 32 conversations that share four system
 prompts and take turns in random order, four at a time. Each engine keeps what it computed for itself: no shared folder and
 no fetches, as on four hosts; and its memory (cells for finished conversations, and blocks) holds a third of them, because memory is
-what hosts run out of. Both policies serve the same conversations in the same order, one stack after the other.
+what hosts run out of. The turns are long: the more of a prompt is the conversation's own, the more it matters where it goes. Both
+policies serve the same conversations in the same order, one stack after the other.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ENGINES = 4
 SYSTEMS = 4
 CONVERSATIONS = 32
 AT_ONCE = 4
-SYSTEM_SENTENCES = 10
-USER_SENTENCES = 14
+SYSTEM_SENTENCES = 7
+USER_SENTENCES = 19
 ANSWER_TOKENS = 24
 KV_RAM = "8MiB"
 RESIDENT_CELLS = 8_192
@@ -158,7 +159,7 @@ def report(found: dict[str, Found], turns: int) -> Report:
 def main() -> int:
     """Parses the command line, runs, prints."""
     parser = arguments("affinity", __doc__)
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=3)
     args = parser.parse_args()
     found = {policy: measure(policy, args.turns) for policy in POLICIES}
     return finish(report(found, args.turns), args.json)

@@ -72,8 +72,8 @@ def test_a_death_in_mid_answer_is_not_noticed(mortal: Stack) -> None:
     mortal.wait_until_free()
 
 
-def test_a_model_that_loads_again_is_503(mortal: Stack) -> None:
-    """While its only engine is being replaced a model stays known: 503 with Retry-After, never 404, then answers."""
+def test_a_model_that_loads_again_stays_known(mortal: Stack) -> None:
+    """While its only engine is being replaced a request waits (it had a lease on the dead one), or gets 503 with Retry-After."""
     os.kill(mortal.pids()["engine-2"], signal.SIGKILL)
     wait_for(lambda: "engine-2" not in mortal.pids(), "its death is known")
     codes = set()
@@ -89,7 +89,6 @@ def test_a_model_that_loads_again_is_503(mortal: Stack) -> None:
             return False
 
         wait_for(answered, "the model answers again", 60)
-    assert "model_loading" in codes
     assert codes <= {"model_loading", "no_engine", "engine_lost", "service_unavailable"}
 
 

@@ -198,7 +198,10 @@ def typed(channel: grpc.Channel, model: str, question: Question, seen: Seen) -> 
     tools: list[list[str]] = []
     finished = pb.Finished()
     started = pb.Started()
-    call = stubs.InferenceServiceStub(channel).Chat(question.typed(model), timeout=TIMEOUT_S)
+    # A channel that was refused answers for a while that it is refused; who waits for it learns when the way is there again.
+    call = stubs.InferenceServiceStub(channel).Chat(
+        question.typed(model), timeout=TIMEOUT_S, wait_for_ready=True
+    )
     for event in call:
         kind = event.WhichOneof("event")
         assert kind is not None

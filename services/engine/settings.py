@@ -238,7 +238,12 @@ class EngineSettings(ProcessSettings):
 
 
 def prepare_threads(settings: EngineSettings, environ: MutableMapping[str, str]) -> None:
-    """Puts the OpenMP settings where libgomp reads them; it does so once, when the library loads."""
+    """Puts the OpenMP settings where libgomp reads them; it does so once, when the library loads.
+
+    KMP_BLOCKTIME is of no use to libgomp, but ggml (ggml-cpu.c) sets it where it is missing, in the thread that loads the model;
+    and in C no thread may read the environment meanwhile, as gRPC does: engines died of it at their start.
+    """
+    environ.setdefault("KMP_BLOCKTIME", "200")
     if settings.wait_policy == "passive":
         environ.setdefault("OMP_WAIT_POLICY", "passive")
     else:

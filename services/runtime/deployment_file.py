@@ -128,7 +128,7 @@ def _value(known: Any, value: object) -> object:
     elif not isinstance(value, int) or isinstance(value, bool):
         raise ValueError("is not a whole number")
     elif not 0 <= value <= _UINT32_MAX:
-        raise ValueError(f"{value} is not within 0 to {_UINT32_MAX}")
+        raise ValueError(f"{value} is below 0" if value < 0 else f"{value} is too large")
     return value
 
 

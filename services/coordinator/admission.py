@@ -189,8 +189,8 @@ class Admission(Grants):
         effects = NOTHING
         for want in self.waiting:
             model = self._named(want.model)
-            if not want.resumed and not model.engines:
-                unknown = model.rules is None
+            if not want.resumed and not model.ready_engines:
+                unknown = model.rules is None and not model.engines
                 error = refusals.unknown_model(model.name) if unknown else refusals.refusal(model)
                 effects += self._refuse([want], error, now)
         return effects

@@ -87,8 +87,8 @@ class Placement:
         may_wait = self.longest_wait(model, want) > 0
         may_queue = may_wait and (want.had_its_turn or not model.queue.is_full)
         if not model.ready_engines:
-            # One that runs already waits for its engine to come back, and others while it may just not have joined yet.
-            is_learning = want.arrived_at < self._learning_until and not model.engines
+            # One that runs already waits for its engine to come back, and others while one that is ready may not have joined yet.
+            is_learning = want.arrived_at < self._learning_until
             waits = may_queue and (want.resumed or is_learning)
             return Standing(at_once=False, waits=waits, reason=FallbackReason.UNAVAILABLE)
         if model.can_grant(want.avoid):

@@ -232,6 +232,26 @@ def test_a_coordinator_that_starts_lets_requests_wait_for_engines_to_join() -> N
     state.check_integrity()
 
 
+def test_a_loading_engine_does_not_hide_those_that_have_not_joined_yet() -> None:
+    """It was started again, and joins before one that is ready: requests wait; in the end they are told that it loads."""
+    state = CoordinatorState(Limits(queue_s=60), learning_until=8.0)
+    state.join_gateway("gateway", 0.0)
+    loading = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_LOADING)
+    for number, model in enumerate(("demo", "other")):
+        info = engine_pb.ModelInfo(name=model, max_sequences=2)
+        engine_id = f"again-{number}"
+        state.join_engine(
+            engine_id, "127.0.0.1:2", info, loading, now=0.5, wall=100.0, incarnation=engine_id
+        )
+        want = Want(f"for-{model}", "gateway", model, f"lease-{model}", 1.0, wait_s=60)
+        assert state.route(want) is None
+    _, effects = join(state, now=2.0)
+    assert [grant.lease.request_id for grant in effects.grants] == ["for-demo"]
+    told = [(r.request_id, r.error.reason) for r in state.expire_waiting(8.0).refusals]
+    assert told == [("for-other", "MODEL_LOADING")]
+    state.check_integrity()
+
+
 def test_who_knows_its_deployments_refuses_other_names_at_once() -> None:
     """A typing error in the first seconds is answered as one, and a deployment whose engines are on their way is waited for."""
     state = CoordinatorState(Limits(queue_s=60), learning_until=8.0)

@@ -113,10 +113,13 @@ class CoordinatorServicer(CoordinatorSessions):
         lease_id = checks.checked_id("lease_id", request.lease_id)
         finish_key = checks.checked_key("finish_key", request.finish_key)
         ended = checks.ENDED.get(request.outcome, Ended.UNTOLD)
+        # One that was swept, and is put aside until its engine or gateway comes back, has been counted as that.
+        was_held = self._state.leases.find(lease_id) is not None
         effects = self._state.release(lease_id, self._clock.monotonic(), ended, finish_key)
         if effects is None:
             return pb.ReleaseResponse(released=False)
-        self._metrics.count_release(request.outcome)
+        if was_held:
+            self._metrics.count_release(request.outcome)
         self.perform(effects)
         return pb.ReleaseResponse(released=True)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from services.cli.oncall_arguments import Commands, duration
+from services.cli.oncall_arguments import Commands, add_coordinator, duration
 
 WAIT_S: Final = 300.0
 _DEPLOY: Final = """\
@@ -60,20 +60,7 @@ def add(commands: Commands) -> None:
         metavar="TIME",
         help="with --wait: give up after this, such as 90s, at most 1h (default: 5min)",
     )
-    where = deploy.add_mutually_exclusive_group()
-    where.add_argument(
-        "--address",
-        default=None,
-        metavar="HOST:PORT",
-        help="coordinator (default: the one of DIR)",
-    )
-    where.add_argument(
-        "--state-dir",
-        type=Path,
-        default=Path(".state"),
-        metavar="DIR",
-        help="of the running `caravan up` (default: %(default)s)",
-    )
+    add_coordinator(deploy)
 
 
 def asked(options: argparse.Namespace) -> Deploying | Removing | None:

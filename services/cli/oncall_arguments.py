@@ -70,6 +70,12 @@ def _command(
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_coordinator(command)
+    return command
+
+
+def add_coordinator(command: argparse.ArgumentParser) -> None:
+    """The options that tell where the coordinator is."""
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--address",
@@ -84,7 +90,6 @@ def _command(
         metavar="DIR",
         help="of the running `caravan up` (default: %(default)s)",
     )
-    return command
 
 
 def _add_json(command: argparse.ArgumentParser, help_text: str) -> None:

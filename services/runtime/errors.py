@@ -90,6 +90,36 @@ TABLE: Final[Mapping[str, ErrorRow]] = {
         grpc.StatusCode.NOT_FOUND, 404, _INVALID, "deployment_not_found"
     ),
     "ENGINE_STALLED": ErrorRow(grpc.StatusCode.UNAVAILABLE, 503, _SERVER, "engine_stalled"),
+    "RATE_LIMITED": ErrorRow(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "rate_limit_exceeded"
+    ),
+    "CIRCUIT_OPEN": ErrorRow(grpc.StatusCode.UNAVAILABLE, 503, _SERVER, "circuit_open"),
+    "CONTENT_FILTERED": ErrorRow(
+        grpc.StatusCode.FAILED_PRECONDITION, 400, _INVALID, "content_filter"
+    ),
+    "PROVIDER_REJECTED": ErrorRow(
+        grpc.StatusCode.INVALID_ARGUMENT, 400, _INVALID, "provider_rejected"
+    ),
+    "PROVIDER_UNAUTHORIZED": ErrorRow(
+        grpc.StatusCode.INTERNAL, 500, _SERVER, "provider_unauthorized"
+    ),
+    "PROVIDER_FORBIDDEN": ErrorRow(
+        grpc.StatusCode.PERMISSION_DENIED, 403, _INVALID, "provider_forbidden"
+    ),
+    "PROVIDER_NOT_FOUND": ErrorRow(grpc.StatusCode.INTERNAL, 500, _SERVER, "provider_not_found"),
+    "PROVIDER_FAILED": ErrorRow(grpc.StatusCode.UNAVAILABLE, 503, _SERVER, "provider_failed"),
+    "PROVIDER_UNREACHABLE": ErrorRow(
+        grpc.StatusCode.UNAVAILABLE, 503, _SERVER, "provider_unreachable"
+    ),
+    "PROVIDER_TIMEOUT": ErrorRow(
+        grpc.StatusCode.DEADLINE_EXCEEDED, 504, _SERVER, "provider_timeout"
+    ),
+    "BUDGET_EXCEEDED": ErrorRow(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "rate_limit_error", "budget_exceeded"
+    ),
+    "UNSUPPORTED_METHOD": ErrorRow(
+        grpc.StatusCode.UNIMPLEMENTED, 501, _SERVER, "unsupported_method"
+    ),
 }
 
 

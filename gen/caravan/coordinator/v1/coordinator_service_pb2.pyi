@@ -6,6 +6,7 @@ The contract of the coordinator: who serves what, and who may use it."""
 from caravan.coordinator.v1 import deployment_pb2 as _deployment_pb2
 from caravan.core.v1 import scheduling_pb2 as _scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as _engine_service_pb2
+from caravan.engine.v1 import remote_options_pb2 as _remote_options_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -171,6 +172,8 @@ class EngineReport(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
+    SPEND_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """The model, once its details are known."""
@@ -183,20 +186,126 @@ class EngineReport(_message.Message):
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[_engine_service_pb2.InflightRequest]:
         """Its requests in flight, oldest first, at most 1024. Only in the report of each interval, not in those at changes of phase."""
 
+    @_builtins.property
+    def spend(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpendCounter]:
+        """What its requests have cost since its process started, by tenant, at most 1024; those beyond are told under the tenant "*".
+        Only in the report of each interval.
+        """
+
+    @_builtins.property
+    def limits(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitCounter]:
+        """What it has used of limits that it shares with other engines, of the present epoch and the one before. Only in the report of
+        each interval.
+        """
+
     def __init__(
         self,
         *,
         model: _engine_service_pb2.ModelInfo | None = ...,
         load: _engine_service_pb2.EngineLoad | None = ...,
         requests: _abc.Iterable[_engine_service_pb2.InflightRequest] | None = ...,
+        spend: _abc.Iterable[Global___SpendCounter] | None = ...,
+        limits: _abc.Iterable[Global___LimitCounter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "load", b"load", "model", b"model", "requests", b"requests", "spend", b"spend"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EngineReport: _TypeAlias = EngineReport  # noqa: Y015
+
+@_typing.final
+class SpendCounter(_message.Message):
+    """What the requests of a tenant have cost on one engine, since its process started. Each number only grows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NANOUSD_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant."""
+    nanousd: _builtins.int
+    """Billionths of a US dollar."""
+    requests: _builtins.int
+    """Requests, whatever became of them."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts."""
+    cached_tokens: _builtins.int
+    """Tokens of prompts that the provider had in its cache; they are among prompt_tokens."""
+    completion_tokens: _builtins.int
+    """Tokens of answers."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        nanousd: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "nanousd", b"nanousd", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpendCounter: _TypeAlias = SpendCounter  # noqa: Y015
+
+@_typing.final
+class LimitCounter(_message.Message):
+    """What one engine has used of a shared limit within one epoch. Each number only grows within the epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    WANTED_REQUESTS_FIELD_NUMBER: _builtins.int
+    WANTED_TOKENS_FIELD_NUMBER: _builtins.int
+    THROTTLED_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The limit: provider, account and model. At most 256 bytes."""
+    incarnation: _builtins.str
+    """The life of the engine that counts."""
+    epoch: _builtins.int
+    """The epoch: whole spans of 10 s since 1970."""
+    requests: _builtins.int
+    """Requests that were let through."""
+    tokens: _builtins.int
+    """Tokens that they used, or are expected to use."""
+    wanted_requests: _builtins.int
+    """Requests that asked, let through or not."""
+    wanted_tokens: _builtins.int
+    """Tokens that they asked for."""
+    throttled: _builtins.int
+    """Times that the provider said that there were too many."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        wanted_requests: _builtins.int = ...,
+        wanted_tokens: _builtins.int = ...,
+        throttled: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "key", b"key", "requests", b"requests", "throttled", b"throttled", "tokens", b"tokens", "wanted_requests", b"wanted_requests", "wanted_tokens", b"wanted_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitCounter: _TypeAlias = LimitCounter  # noqa: Y015
 
 @_typing.final
 class JoinEngineResponse(_message.Message):
@@ -208,6 +317,7 @@ class JoinEngineResponse(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     DRAIN_FIELD_NUMBER: _builtins.int
     UNDRAIN_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___EngineWelcome:
         """The registration was taken. First message."""
@@ -224,6 +334,10 @@ class JoinEngineResponse(_message.Message):
     def undrain(self) -> Global___UndrainCommand:
         """Take requests again."""
 
+    @_builtins.property
+    def limits(self) -> Global___LimitsCommand:
+        """What the others have used of limits that this engine shares."""
+
     def __init__(
         self,
         *,
@@ -231,16 +345,41 @@ class JoinEngineResponse(_message.Message):
         cancel: Global___CancelCommand | None = ...,
         drain: Global___DrainCommand | None = ...,
         undrain: Global___UndrainCommand | None = ...,
+        limits: Global___LimitsCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "limits", b"limits", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "drain", b"drain", "limits", b"limits", "message", b"message", "undrain", b"undrain", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "cancel", "drain", "undrain"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "cancel", "drain", "undrain", "limits"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___JoinEngineResponse: _TypeAlias = JoinEngineResponse  # noqa: Y015
+
+@_typing.final
+class LimitsCommand(_message.Message):
+    """What other engines have used of shared limits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def counters(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitCounter]:
+        """Of the keys that the engine reports, the present epoch and the one before."""
+
+    def __init__(
+        self,
+        *,
+        counters: _abc.Iterable[Global___LimitCounter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitsCommand: _TypeAlias = LimitsCommand  # noqa: Y015
 
 @_typing.final
 class EngineWelcome(_message.Message):
@@ -1201,3 +1340,286 @@ class DescribeQueueResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeQueueResponse: _TypeAlias = DescribeQueueResponse  # noqa: Y015
+
+@_typing.final
+class AcquireLimitRequest(_message.Message):
+    """Asks for a permit of a limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The limit: provider, account and model. 1 to 256 bytes."""
+    incarnation: _builtins.str
+    """The life of the engine that asks."""
+    tokens: _builtins.int
+    """Tokens that the request is expected to use."""
+    @_builtins.property
+    def limits(self) -> _remote_options_pb2.RateLimits:
+        """How much the limit allows; what is told last counts."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        incarnation: _builtins.str = ...,
+        limits: _remote_options_pb2.RateLimits | None = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "key", b"key", "limits", b"limits", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireLimitRequest: _TypeAlias = AcquireLimitRequest  # noqa: Y015
+
+@_typing.final
+class AcquireLimitResponse(_message.Message):
+    """The permit, or when to ask again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERMIT_ID_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    permit_id: _builtins.str
+    """Id of the permit. Empty: refused."""
+    @_builtins.property
+    def retry_after(self) -> _duration_pb2.Duration:
+        """Time after which to ask again. Only for a refusal."""
+
+    def __init__(
+        self,
+        *,
+        permit_id: _builtins.str = ...,
+        retry_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_after", b"retry_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["permit_id", b"permit_id", "retry_after", b"retry_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcquireLimitResponse: _TypeAlias = AcquireLimitResponse  # noqa: Y015
+
+@_typing.final
+class SettleLimitRequest(_message.Message):
+    """Ends a permit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERMIT_ID_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    THROTTLED_FIELD_NUMBER: _builtins.int
+    permit_id: _builtins.str
+    """The permit."""
+    tokens: _builtins.int
+    """Tokens that the request really used. Unset: as many as expected."""
+    @_builtins.property
+    def throttled(self) -> _duration_pb2.Duration:
+        """The provider said that there were too many requests, and when to try again; 0 s: not when. Unset: it did not."""
+
+    def __init__(
+        self,
+        *,
+        permit_id: _builtins.str = ...,
+        tokens: _builtins.int | None = ...,
+        throttled: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_tokens", b"_tokens", "throttled", b"throttled", "tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_tokens", b"_tokens", "permit_id", b"permit_id", "throttled", b"throttled", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__tokens: _TypeAlias = _typing.Literal["tokens"]  # noqa: Y015
+    _WhichOneofArgType__tokens: _TypeAlias = _typing.Literal["_tokens", b"_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tokens) -> _WhichOneofReturnType__tokens | None: ...
+
+Global___SettleLimitRequest: _TypeAlias = SettleLimitRequest  # noqa: Y015
+
+@_typing.final
+class SettleLimitResponse(_message.Message):
+    """The permit has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SETTLED_FIELD_NUMBER: _builtins.int
+    settled: _builtins.bool
+    """Whether it was held until now."""
+    def __init__(
+        self,
+        *,
+        settled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["settled", b"settled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleLimitResponse: _TypeAlias = SettleLimitResponse  # noqa: Y015
+
+@_typing.final
+class GetCostsRequest(_message.Message):
+    """Asks what the deployments have cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCostsRequest: _TypeAlias = GetCostsRequest  # noqa: Y015
+
+@_typing.final
+class GetCostsResponse(_message.Message):
+    """What the deployments have cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeploymentCosts]:
+        """Sorted by deployment. Those without any cost are not listed, unless they have a budget."""
+
+    def __init__(
+        self,
+        *,
+        deployments: _abc.Iterable[Global___DeploymentCosts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCostsResponse: _TypeAlias = GetCostsResponse  # noqa: Y015
+
+@_typing.final
+class DeploymentCosts(_message.Message):
+    """What a deployment has cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    EXCEEDED_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    """Its name."""
+    exceeded: _builtins.bool
+    """Whether its own part of the budget is spent."""
+    @_builtins.property
+    def total(self) -> Global___Costs:
+        """All tenants together."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___TenantCosts]:
+        """Each tenant, the dearest of the day first, at most 100."""
+
+    @_builtins.property
+    def budget(self) -> _deployment_pb2.Budget:
+        """What it may cost. Unset: no budget."""
+
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        total: Global___Costs | None = ...,
+        tenants: _abc.Iterable[Global___TenantCosts] | None = ...,
+        budget: _deployment_pb2.Budget | None = ...,
+        exceeded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "deployment", b"deployment", "exceeded", b"exceeded", "tenants", b"tenants", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeploymentCosts: _TypeAlias = DeploymentCosts  # noqa: Y015
+
+@_typing.final
+class TenantCosts(_message.Message):
+    """What a tenant has cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    COSTS_FIELD_NUMBER: _builtins.int
+    EXCEEDED_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant."""
+    exceeded: _builtins.bool
+    """Whether its part of the budget is spent."""
+    @_builtins.property
+    def costs(self) -> Global___Costs:
+        """What it has cost."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        costs: Global___Costs | None = ...,
+        exceeded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["costs", b"costs", "exceeded", b"exceeded", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TenantCosts: _TypeAlias = TenantCosts  # noqa: Y015
+
+@_typing.final
+class Costs(_message.Message):
+    """What requests have cost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOUR_NANOUSD_FIELD_NUMBER: _builtins.int
+    DAY_NANOUSD_FIELD_NUMBER: _builtins.int
+    TOTAL_NANOUSD_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    hour_nanousd: _builtins.int
+    """Billionths of a US dollar, in the hour that ends now."""
+    day_nanousd: _builtins.int
+    """Billionths of a US dollar, in the day that ends now."""
+    total_nanousd: _builtins.int
+    """Billionths of a US dollar, since the coordinator's record begins."""
+    requests: _builtins.int
+    """Requests since then."""
+    prompt_tokens: _builtins.int
+    """Tokens of prompts since then."""
+    cached_tokens: _builtins.int
+    """Tokens of prompts that providers had in their cache."""
+    completion_tokens: _builtins.int
+    """Tokens of answers since then."""
+    def __init__(
+        self,
+        *,
+        hour_nanousd: _builtins.int = ...,
+        day_nanousd: _builtins.int = ...,
+        total_nanousd: _builtins.int = ...,
+        requests: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "day_nanousd", b"day_nanousd", "hour_nanousd", b"hour_nanousd", "prompt_tokens", b"prompt_tokens", "requests", b"requests", "total_nanousd", b"total_nanousd"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Costs: _TypeAlias = Costs  # noqa: Y015

@@ -95,6 +95,21 @@ class CoordinatorServiceStub:
                 request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.SerializeToString,
                 response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.FromString,
                 _registered_method=True)
+        self.AcquireLimit = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/AcquireLimit',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitResponse.FromString,
+                _registered_method=True)
+        self.SettleLimit = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/SettleLimit',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitResponse.FromString,
+                _registered_method=True)
+        self.GetCosts = channel.unary_unary(
+                '/caravan.coordinator.v1.CoordinatorService/GetCosts',
+                request_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsRequest.SerializeToString,
+                response_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer:
@@ -189,6 +204,28 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcquireLimit(self, request, context):
+        """Takes a permit of a limit that is shared strictly. A refusal is an answer, and tells when to ask again. A permit ends by
+        SettleLimit, or with the session of its engine. An engine that has not joined fails with SESSION_UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleLimit(self, request, context):
+        """Ends a permit, and tells what its request really used. Ending it twice is not an error: the answer says so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCosts(self, request, context):
+        """Tells what the deployments have cost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -251,6 +288,21 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.DescribeQueue,
                     request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.FromString,
                     response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.SerializeToString,
+            ),
+            'AcquireLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireLimit,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitResponse.SerializeToString,
+            ),
+            'SettleLimit': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleLimit,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitResponse.SerializeToString,
+            ),
+            'GetCosts': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCosts,
+                    request_deserializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsRequest.FromString,
+                    response_serializer=caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -578,6 +630,87 @@ class CoordinatorService:
             '/caravan.coordinator.v1.CoordinatorService/DescribeQueue',
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueRequest.SerializeToString,
             caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.DescribeQueueResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcquireLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/AcquireLimit',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.AcquireLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleLimit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/SettleLimit',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.SettleLimitResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCosts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/caravan.coordinator.v1.CoordinatorService/GetCosts',
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsRequest.SerializeToString,
+            caravan_dot_coordinator_dot_v1_dot_coordinator__service__pb2.GetCostsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,14 @@ class CoordinatorServiceStub:
     """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND."""
     DescribeQueue: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]
     """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
+    AcquireLimit: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.AcquireLimitRequest, _coordinator_service_pb2.AcquireLimitResponse]
+    """Takes a permit of a limit that is shared strictly. A refusal is an answer, and tells when to ask again. A permit ends by
+    SettleLimit, or with the session of its engine. An engine that has not joined fails with SESSION_UNKNOWN.
+    """
+    SettleLimit: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.SettleLimitRequest, _coordinator_service_pb2.SettleLimitResponse]
+    """Ends a permit, and tells what its request really used. Ending it twice is not an error: the answer says so."""
+    GetCosts: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetCostsRequest, _coordinator_service_pb2.GetCostsResponse]
+    """Tells what the deployments have cost."""
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
@@ -101,6 +109,14 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """Puts a drained engine back into service. An unknown engine fails with ENGINE_NOT_FOUND."""
     DescribeQueue: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.DescribeQueueRequest, _coordinator_service_pb2.DescribeQueueResponse]  # type: ignore[assignment]
     """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
+    AcquireLimit: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.AcquireLimitRequest, _coordinator_service_pb2.AcquireLimitResponse]  # type: ignore[assignment]
+    """Takes a permit of a limit that is shared strictly. A refusal is an answer, and tells when to ask again. A permit ends by
+    SettleLimit, or with the session of its engine. An engine that has not joined fails with SESSION_UNKNOWN.
+    """
+    SettleLimit: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.SettleLimitRequest, _coordinator_service_pb2.SettleLimitResponse]  # type: ignore[assignment]
+    """Ends a permit, and tells what its request really used. Ending it twice is not an error: the answer says so."""
+    GetCosts: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.GetCostsRequest, _coordinator_service_pb2.GetCostsResponse]  # type: ignore[assignment]
+    """Tells what the deployments have cost."""
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """Registers engines and gateways, grants leases, and knows every request in flight."""
@@ -207,5 +223,31 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_service_pb2.DescribeQueueResponse, _abc.Awaitable[_coordinator_service_pb2.DescribeQueueResponse]]:
         """Tells the state of the queue of a model as text, for people. An unknown model fails with MODEL_NOT_FOUND."""
+
+    @_abc_1.abstractmethod
+    def AcquireLimit(
+        self,
+        request: _coordinator_service_pb2.AcquireLimitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.AcquireLimitResponse, _abc.Awaitable[_coordinator_service_pb2.AcquireLimitResponse]]:
+        """Takes a permit of a limit that is shared strictly. A refusal is an answer, and tells when to ask again. A permit ends by
+        SettleLimit, or with the session of its engine. An engine that has not joined fails with SESSION_UNKNOWN.
+        """
+
+    @_abc_1.abstractmethod
+    def SettleLimit(
+        self,
+        request: _coordinator_service_pb2.SettleLimitRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.SettleLimitResponse, _abc.Awaitable[_coordinator_service_pb2.SettleLimitResponse]]:
+        """Ends a permit, and tells what its request really used. Ending it twice is not an error: the answer says so."""
+
+    @_abc_1.abstractmethod
+    def GetCosts(
+        self,
+        request: _coordinator_service_pb2.GetCostsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_service_pb2.GetCostsResponse, _abc.Awaitable[_coordinator_service_pb2.GetCostsResponse]]:
+        """Tells what the deployments have cost."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

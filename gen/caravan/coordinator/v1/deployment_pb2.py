@@ -23,33 +23,38 @@ _sym_db = _symbol_database.Default()
 
 
 from caravan.core.v1 import scheduling_pb2 as caravan_dot_core_dot_v1_dot_scheduling__pb2
+from caravan.engine.v1 import remote_options_pb2 as caravan_dot_engine_dot_v1_dot_remote__options__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'caravan/coordinator/v1/deployment.proto\x12\x16\x63\x61ravan.coordinator.v1\x1a caravan/core/v1/scheduling.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf1\x02\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\x07runtime\x18\x03 \x01(\x0e\x32\x1f.caravan.coordinator.v1.Runtime\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x35\n\x06\x65ngine\x18\x05 \x01(\x0b\x32%.caravan.coordinator.v1.EngineOptions\x12\x30\n\x07serving\x18\x06 \x01(\x0b\x32\x1f.caravan.coordinator.v1.Serving\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x32\n\x08\x66\x61llback\x18\x08 \x03(\x0b\x32 .caravan.coordinator.v1.Fallback\x12\x17\n\nidempotent\x18\t \x01(\x08H\x01\x88\x01\x01\x42\x0b\n\t_replicasB\r\n\x0b_idempotent\"O\n\rEngineOptions\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\r\x12\x15\n\rmax_sequences\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\xbd\x01\n\x07Serving\x12\x16\n\x0emax_concurrent\x18\x01 \x01(\r\x12\x17\n\nmax_queued\x18\x02 \x01(\rH\x00\x88\x01\x01\x12+\n\x08max_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x45\n\x15on_capacity_exhausted\x18\x04 \x01(\x0e\x32&.caravan.coordinator.v1.CapacityPolicyB\r\n\x0b_max_queued\"W\n\x08\x46\x61llback\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x37\n\x07reasons\x18\x02 \x03(\x0e\x32&.caravan.coordinator.v1.FallbackReason\"\xfe\x01\n\x10\x44\x65ploymentRecord\x12\x36\n\ndeployment\x18\x01 \x01(\x0b\x32\".caravan.coordinator.v1.Deployment\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.caravan.coordinator.v1.DeploymentState\x12\x15\n\rready_engines\x18\x04 \x01(\r\x12\x16\n\x0e\x66ormer_engines\x18\x05 \x01(\r\x12+\n\x07\x63reated\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04note\x18\x07 \x01(\t*O\n\x07Runtime\x12\x17\n\x13RUNTIME_UNSPECIFIED\x10\x00\x12\x15\n\x11RUNTIME_LLAMA_CPP\x10\x01\x12\x14\n\x10RUNTIME_SCRIPTED\x10\x02*\x86\x01\n\x0e\x43\x61pacityPolicy\x12\x1f\n\x1b\x43\x41PACITY_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41PACITY_POLICY_REJECT\x10\x01\x12\x19\n\x15\x43\x41PACITY_POLICY_QUEUE\x10\x02\x12\x1c\n\x18\x43\x41PACITY_POLICY_FALLBACK\x10\x03*\xb4\x01\n\x0e\x46\x61llbackReason\x12\x1f\n\x1b\x46\x41LLBACK_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41LLBACK_REASON_CAPACITY\x10\x01\x12\x1f\n\x1b\x46\x41LLBACK_REASON_UNAVAILABLE\x10\x02\x12 \n\x1c\x46\x41LLBACK_REASON_RATE_LIMITED\x10\x03\x12 \n\x1c\x46\x41LLBACK_REASON_CIRCUIT_OPEN\x10\x04*\xab\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_SERVING\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x03\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'caravan/coordinator/v1/deployment.proto\x12\x16\x63\x61ravan.coordinator.v1\x1a caravan/core/v1/scheduling.proto\x1a&caravan/engine/v1/remote_options.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd3\x03\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\x07runtime\x18\x03 \x01(\x0e\x32\x1f.caravan.coordinator.v1.Runtime\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x35\n\x06\x65ngine\x18\x05 \x01(\x0b\x32%.caravan.coordinator.v1.EngineOptions\x12\x30\n\x07serving\x18\x06 \x01(\x0b\x32\x1f.caravan.coordinator.v1.Serving\x12+\n\x08priority\x18\x07 \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x32\n\x08\x66\x61llback\x18\x08 \x03(\x0b\x32 .caravan.coordinator.v1.Fallback\x12\x17\n\nidempotent\x18\t \x01(\x08H\x01\x88\x01\x01\x12\x30\n\x06remote\x18\n \x01(\x0b\x32 .caravan.engine.v1.RemoteOptions\x12.\n\x06\x62udget\x18\x0b \x01(\x0b\x32\x1e.caravan.coordinator.v1.BudgetB\x0b\n\t_replicasB\r\n\x0b_idempotent\"\xa5\x01\n\x06\x42udget\x12\x14\n\x0cusd_per_hour\x18\x01 \x01(\x01\x12\x13\n\x0busd_per_day\x18\x02 \x01(\x01\x12\x1b\n\x13tenant_usd_per_hour\x18\x03 \x01(\x01\x12\x1a\n\x12tenant_usd_per_day\x18\x04 \x01(\x01\x12\x37\n\x0bon_exceeded\x18\x05 \x01(\x0e\x32\".caravan.coordinator.v1.OnExceeded\"O\n\rEngineOptions\x12\x16\n\x0e\x63ontext_tokens\x18\x01 \x01(\r\x12\x15\n\rmax_sequences\x18\x02 \x01(\r\x12\x0f\n\x07threads\x18\x03 \x01(\r\"\xbd\x01\n\x07Serving\x12\x16\n\x0emax_concurrent\x18\x01 \x01(\r\x12\x17\n\nmax_queued\x18\x02 \x01(\rH\x00\x88\x01\x01\x12+\n\x08max_wait\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x45\n\x15on_capacity_exhausted\x18\x04 \x01(\x0e\x32&.caravan.coordinator.v1.CapacityPolicyB\r\n\x0b_max_queued\"W\n\x08\x46\x61llback\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\x37\n\x07reasons\x18\x02 \x03(\x0e\x32&.caravan.coordinator.v1.FallbackReason\"\xfe\x01\n\x10\x44\x65ploymentRecord\x12\x36\n\ndeployment\x18\x01 \x01(\x0b\x32\".caravan.coordinator.v1.Deployment\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.caravan.coordinator.v1.DeploymentState\x12\x15\n\rready_engines\x18\x04 \x01(\r\x12\x16\n\x0e\x66ormer_engines\x18\x05 \x01(\r\x12+\n\x07\x63reated\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04note\x18\x07 \x01(\t*q\n\nOnExceeded\x12\x1b\n\x17ON_EXCEEDED_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_EXCEEDED_REJECT\x10\x01\x12\x14\n\x10ON_EXCEEDED_WARN\x10\x02\x12\x18\n\x14ON_EXCEEDED_THROTTLE\x10\x03*\xc2\x01\n\x07Runtime\x12\x17\n\x13RUNTIME_UNSPECIFIED\x10\x00\x12\x15\n\x11RUNTIME_LLAMA_CPP\x10\x01\x12\x14\n\x10RUNTIME_SCRIPTED\x10\x02\x12\x12\n\x0eRUNTIME_OPENAI\x10\x03\x12\x15\n\x11RUNTIME_ANTHROPIC\x10\x04\x12\x12\n\x0eRUNTIME_GEMINI\x10\x05\x12\x13\n\x0fRUNTIME_LITELLM\x10\x06\x12\x1d\n\x19RUNTIME_OPENAI_COMPATIBLE\x10\x07*\x86\x01\n\x0e\x43\x61pacityPolicy\x12\x1f\n\x1b\x43\x41PACITY_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43\x41PACITY_POLICY_REJECT\x10\x01\x12\x19\n\x15\x43\x41PACITY_POLICY_QUEUE\x10\x02\x12\x1c\n\x18\x43\x41PACITY_POLICY_FALLBACK\x10\x03*\xd0\x01\n\x0e\x46\x61llbackReason\x12\x1f\n\x1b\x46\x41LLBACK_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46\x41LLBACK_REASON_CAPACITY\x10\x01\x12\x1f\n\x1b\x46\x41LLBACK_REASON_UNAVAILABLE\x10\x02\x12 \n\x1c\x46\x41LLBACK_REASON_RATE_LIMITED\x10\x03\x12 \n\x1c\x46\x41LLBACK_REASON_CIRCUIT_OPEN\x10\x04\x12\x1a\n\x16\x46\x41LLBACK_REASON_BUDGET\x10\x05*\xab\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_PENDING\x10\x01\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_SERVING\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x03\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.coordinator.v1.deployment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNTIME']._serialized_start=1157
-  _globals['_RUNTIME']._serialized_end=1236
-  _globals['_CAPACITYPOLICY']._serialized_start=1239
-  _globals['_CAPACITYPOLICY']._serialized_end=1373
-  _globals['_FALLBACKREASON']._serialized_start=1376
-  _globals['_FALLBACKREASON']._serialized_end=1556
-  _globals['_DEPLOYMENTSTATE']._serialized_start=1559
-  _globals['_DEPLOYMENTSTATE']._serialized_end=1730
-  _globals['_DEPLOYMENT']._serialized_start=167
-  _globals['_DEPLOYMENT']._serialized_end=536
-  _globals['_ENGINEOPTIONS']._serialized_start=538
-  _globals['_ENGINEOPTIONS']._serialized_end=617
-  _globals['_SERVING']._serialized_start=620
-  _globals['_SERVING']._serialized_end=809
-  _globals['_FALLBACK']._serialized_start=811
-  _globals['_FALLBACK']._serialized_end=898
-  _globals['_DEPLOYMENTRECORD']._serialized_start=901
-  _globals['_DEPLOYMENTRECORD']._serialized_end=1155
+  _globals['_ONEXCEEDED']._serialized_start=1463
+  _globals['_ONEXCEEDED']._serialized_end=1576
+  _globals['_RUNTIME']._serialized_start=1579
+  _globals['_RUNTIME']._serialized_end=1773
+  _globals['_CAPACITYPOLICY']._serialized_start=1776
+  _globals['_CAPACITYPOLICY']._serialized_end=1910
+  _globals['_FALLBACKREASON']._serialized_start=1913
+  _globals['_FALLBACKREASON']._serialized_end=2121
+  _globals['_DEPLOYMENTSTATE']._serialized_start=2124
+  _globals['_DEPLOYMENTSTATE']._serialized_end=2295
+  _globals['_DEPLOYMENT']._serialized_start=207
+  _globals['_DEPLOYMENT']._serialized_end=674
+  _globals['_BUDGET']._serialized_start=677
+  _globals['_BUDGET']._serialized_end=842
+  _globals['_ENGINEOPTIONS']._serialized_start=844
+  _globals['_ENGINEOPTIONS']._serialized_end=923
+  _globals['_SERVING']._serialized_start=926
+  _globals['_SERVING']._serialized_end=1115
+  _globals['_FALLBACK']._serialized_start=1117
+  _globals['_FALLBACK']._serialized_end=1204
+  _globals['_DEPLOYMENTRECORD']._serialized_start=1207
+  _globals['_DEPLOYMENTRECORD']._serialized_end=1461
 # @@protoc_insertion_point(module_scope)

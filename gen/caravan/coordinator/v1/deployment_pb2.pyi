@@ -4,6 +4,7 @@ isort:skip_file
 What is to be served, and how."""
 
 from caravan.core.v1 import scheduling_pb2 as _scheduling_pb2
+from caravan.engine.v1 import remote_options_pb2 as _remote_options_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -22,6 +23,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _OnExceeded:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OnExceededEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OnExceeded.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ON_EXCEEDED_UNSPECIFIED: _OnExceeded.ValueType  # 0
+    """The same as ON_EXCEEDED_REJECT."""
+    ON_EXCEEDED_REJECT: _OnExceeded.ValueType  # 1
+    """They go to a fallback that is for the reason budget, else they are refused with BUDGET_EXCEEDED."""
+    ON_EXCEEDED_WARN: _OnExceeded.ValueType  # 2
+    """They are served; the log and a metric tell."""
+    ON_EXCEEDED_THROTTLE: _OnExceeded.ValueType  # 3
+    """Half as many run at a time."""
+
+class OnExceeded(_OnExceeded, metaclass=_OnExceededEnumTypeWrapper):
+    """What becomes of the requests of a deployment whose budget is spent."""
+
+ON_EXCEEDED_UNSPECIFIED: OnExceeded.ValueType  # 0
+"""The same as ON_EXCEEDED_REJECT."""
+ON_EXCEEDED_REJECT: OnExceeded.ValueType  # 1
+"""They go to a fallback that is for the reason budget, else they are refused with BUDGET_EXCEEDED."""
+ON_EXCEEDED_WARN: OnExceeded.ValueType  # 2
+"""They are served; the log and a metric tell."""
+ON_EXCEEDED_THROTTLE: OnExceeded.ValueType  # 3
+"""Half as many run at a time."""
+Global___OnExceeded: _TypeAlias = OnExceeded  # noqa: Y015
+
 class _Runtime:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -34,6 +63,16 @@ class _RuntimeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Runtime.Value
     """llama.cpp, on the machine of the engine."""
     RUNTIME_SCRIPTED: _Runtime.ValueType  # 2
     """An engine that generates by script, without a model, for tests."""
+    RUNTIME_OPENAI: _Runtime.ValueType  # 3
+    """The API of OpenAI."""
+    RUNTIME_ANTHROPIC: _Runtime.ValueType  # 4
+    """The Messages API of Anthropic."""
+    RUNTIME_GEMINI: _Runtime.ValueType  # 5
+    """The Gemini API of Google."""
+    RUNTIME_LITELLM: _Runtime.ValueType  # 6
+    """A LiteLLM proxy."""
+    RUNTIME_OPENAI_COMPATIBLE: _Runtime.ValueType  # 7
+    """Another server with the API of OpenAI, such as vLLM or another Caravan."""
 
 class Runtime(_Runtime, metaclass=_RuntimeEnumTypeWrapper):
     """What runs a model."""
@@ -44,6 +83,16 @@ RUNTIME_LLAMA_CPP: Runtime.ValueType  # 1
 """llama.cpp, on the machine of the engine."""
 RUNTIME_SCRIPTED: Runtime.ValueType  # 2
 """An engine that generates by script, without a model, for tests."""
+RUNTIME_OPENAI: Runtime.ValueType  # 3
+"""The API of OpenAI."""
+RUNTIME_ANTHROPIC: Runtime.ValueType  # 4
+"""The Messages API of Anthropic."""
+RUNTIME_GEMINI: Runtime.ValueType  # 5
+"""The Gemini API of Google."""
+RUNTIME_LITELLM: Runtime.ValueType  # 6
+"""A LiteLLM proxy."""
+RUNTIME_OPENAI_COMPATIBLE: Runtime.ValueType  # 7
+"""Another server with the API of OpenAI, such as vLLM or another Caravan."""
 Global___Runtime: _TypeAlias = Runtime  # noqa: Y015
 
 class _CapacityPolicy:
@@ -90,6 +139,8 @@ class _FallbackReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Fallba
     """Its provider allows no more requests for now."""
     FALLBACK_REASON_CIRCUIT_OPEN: _FallbackReason.ValueType  # 4
     """Its provider has failed too often lately."""
+    FALLBACK_REASON_BUDGET: _FallbackReason.ValueType  # 5
+    """Its budget is spent."""
 
 class FallbackReason(_FallbackReason, metaclass=_FallbackReasonEnumTypeWrapper):
     """Why a deployment cannot take a request. What the request itself is to blame for is never a reason."""
@@ -104,6 +155,8 @@ FALLBACK_REASON_RATE_LIMITED: FallbackReason.ValueType  # 3
 """Its provider allows no more requests for now."""
 FALLBACK_REASON_CIRCUIT_OPEN: FallbackReason.ValueType  # 4
 """Its provider has failed too often lately."""
+FALLBACK_REASON_BUDGET: FallbackReason.ValueType  # 5
+"""Its budget is spent."""
 Global___FallbackReason: _TypeAlias = FallbackReason  # noqa: Y015
 
 class _DeploymentState:
@@ -153,10 +206,12 @@ class Deployment(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     FALLBACK_FIELD_NUMBER: _builtins.int
     IDEMPOTENT_FIELD_NUMBER: _builtins.int
+    REMOTE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that clients send as `model`. 1 to 128 bytes of letters, digits, `.`, `_`, `-`, `/` and `:`."""
     model: _builtins.str
-    """Path of a GGUF file on the machines of its engines."""
+    """Path of a GGUF file on the machines of its engines, or what a provider calls the model."""
     runtime: Global___Runtime.ValueType
     """What runs it. Default: inferred from `model`."""
     replicas: _builtins.int
@@ -177,6 +232,14 @@ class Deployment(_message.Message):
     def fallback(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fallback]:
         """Where requests go that it cannot take, first match first. At most 8."""
 
+    @_builtins.property
+    def remote(self) -> _remote_options_pb2.RemoteOptions:
+        """How its engines talk to a provider. Only for runtimes of providers."""
+
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """What it may cost. Default: as much as it does."""
+
     def __init__(
         self,
         *,
@@ -189,10 +252,12 @@ class Deployment(_message.Message):
         priority: _scheduling_pb2.Priority.ValueType = ...,
         fallback: _abc.Iterable[Global___Fallback] | None = ...,
         idempotent: _builtins.bool | None = ...,
+        remote: _remote_options_pb2.RemoteOptions | None = ...,
+        budget: Global___Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_idempotent", b"_idempotent", "_replicas", b"_replicas", "engine", b"engine", "idempotent", b"idempotent", "replicas", b"replicas", "serving", b"serving"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idempotent", b"_idempotent", "_replicas", b"_replicas", "budget", b"budget", "engine", b"engine", "idempotent", b"idempotent", "remote", b"remote", "replicas", b"replicas", "serving", b"serving"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idempotent", b"_idempotent", "_replicas", b"_replicas", "engine", b"engine", "fallback", b"fallback", "idempotent", b"idempotent", "model", b"model", "name", b"name", "priority", b"priority", "replicas", b"replicas", "runtime", b"runtime", "serving", b"serving"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idempotent", b"_idempotent", "_replicas", b"_replicas", "budget", b"budget", "engine", b"engine", "fallback", b"fallback", "idempotent", b"idempotent", "model", b"model", "name", b"name", "priority", b"priority", "remote", b"remote", "replicas", b"replicas", "runtime", b"runtime", "serving", b"serving"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idempotent: _TypeAlias = _typing.Literal["idempotent"]  # noqa: Y015
     _WhichOneofArgType__idempotent: _TypeAlias = _typing.Literal["_idempotent", b"_idempotent"]  # noqa: Y015
@@ -204,6 +269,44 @@ class Deployment(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class Budget(_message.Message):
+    """What a deployment may cost, over the hour and the day that end now. 0: no limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USD_PER_HOUR_FIELD_NUMBER: _builtins.int
+    USD_PER_DAY_FIELD_NUMBER: _builtins.int
+    TENANT_USD_PER_HOUR_FIELD_NUMBER: _builtins.int
+    TENANT_USD_PER_DAY_FIELD_NUMBER: _builtins.int
+    ON_EXCEEDED_FIELD_NUMBER: _builtins.int
+    usd_per_hour: _builtins.float
+    """US dollars in an hour, all tenants together."""
+    usd_per_day: _builtins.float
+    """US dollars in a day, all tenants together."""
+    tenant_usd_per_hour: _builtins.float
+    """US dollars in an hour, each tenant."""
+    tenant_usd_per_day: _builtins.float
+    """US dollars in a day, each tenant."""
+    on_exceeded: Global___OnExceeded.ValueType
+    """What becomes of requests when one of them is spent. Default: ON_EXCEEDED_REJECT."""
+    def __init__(
+        self,
+        *,
+        usd_per_hour: _builtins.float = ...,
+        usd_per_day: _builtins.float = ...,
+        tenant_usd_per_hour: _builtins.float = ...,
+        tenant_usd_per_day: _builtins.float = ...,
+        on_exceeded: Global___OnExceeded.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["on_exceeded", b"on_exceeded", "tenant_usd_per_day", b"tenant_usd_per_day", "tenant_usd_per_hour", b"tenant_usd_per_hour", "usd_per_day", b"usd_per_day", "usd_per_hour", b"usd_per_hour"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Budget: _TypeAlias = Budget  # noqa: Y015
 
 @_typing.final
 class EngineOptions(_message.Message):

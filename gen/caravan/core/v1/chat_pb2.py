@@ -24,27 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61ravan/core/v1/chat.proto\x12\x0f\x63\x61ravan.core.v1\"\x96\x01\n\x0b\x43hatMessage\x12#\n\x04role\x18\x01 \x01(\x0e\x32\x15.caravan.core.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12-\n\ntool_calls\x18\x04 \x03(\x0b\x32\x19.caravan.core.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"\x94\x01\n\nChatPrompt\x12.\n\x08messages\x18\x01 \x03(\x0b\x32\x1c.caravan.core.v1.ChatMessage\x12$\n\x05tools\x18\x02 \x03(\x0b\x32\x15.caravan.core.v1.Tool\x12\x30\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x1b.caravan.core.v1.ToolChoice\"\xa9\x01\n\nToolChoice\x12.\n\x04mode\x18\x01 \x01(\x0e\x32 .caravan.core.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"]\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x12\x0e\n\nMODE_NAMED\x10\x04\"P\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63\x61ravan/core/v1/chat.proto\x12\x0f\x63\x61ravan.core.v1\"\xc3\x01\n\x0b\x43hatMessage\x12#\n\x04role\x18\x01 \x01(\x0e\x32\x15.caravan.core.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12-\n\ntool_calls\x18\x04 \x03(\x0b\x32\x19.caravan.core.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12+\n\x05parts\x18\x06 \x03(\x0b\x32\x1c.caravan.core.v1.ContentPart\"N\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x05image\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.ImageH\x00\x42\x06\n\x04kind\"\xc7\x01\n\x05Image\x12\r\n\x03url\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x64\x61ta\x18\x02 \x01(\x0cH\x00\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12-\n\x06\x64\x65tail\x18\x04 \x01(\x0e\x32\x1d.caravan.core.v1.Image.Detail\"R\n\x06\x44\x65tail\x12\x16\n\x12\x44\x45TAIL_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x44\x45TAIL_AUTO\x10\x01\x12\x0e\n\nDETAIL_LOW\x10\x02\x12\x0f\n\x0b\x44\x45TAIL_HIGH\x10\x03\x42\x08\n\x06source\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"\x94\x01\n\nChatPrompt\x12.\n\x08messages\x18\x01 \x03(\x0b\x32\x1c.caravan.core.v1.ChatMessage\x12$\n\x05tools\x18\x02 \x03(\x0b\x32\x15.caravan.core.v1.Tool\x12\x30\n\x0btool_choice\x18\x03 \x01(\x0b\x32\x1b.caravan.core.v1.ToolChoice\"\xa9\x01\n\nToolChoice\x12.\n\x04mode\x18\x01 \x01(\x0e\x32 .caravan.core.v1.ToolChoice.Mode\x12\x0c\n\x04name\x18\x02 \x01(\t\"]\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\r\n\tMODE_AUTO\x10\x01\x12\r\n\tMODE_NONE\x10\x02\x12\x11\n\rMODE_REQUIRED\x10\x03\x12\x0e\n\nMODE_NAMED\x10\x04\"P\n\rToolCallDelta\x12\r\n\x05index\x18\x01 \x01(\r\x12\n\n\x02id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.core.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=735
-  _globals['_ROLE']._serialized_end=830
+  _globals['_ROLE']._serialized_start=1062
+  _globals['_ROLE']._serialized_end=1157
   _globals['_CHATMESSAGE']._serialized_start=48
-  _globals['_CHATMESSAGE']._serialized_end=198
-  _globals['_TOOL']._serialized_start=200
-  _globals['_TOOL']._serialized_end=266
-  _globals['_TOOLCALL']._serialized_start=268
-  _globals['_TOOLCALL']._serialized_end=328
-  _globals['_CHATPROMPT']._serialized_start=331
-  _globals['_CHATPROMPT']._serialized_end=479
-  _globals['_TOOLCHOICE']._serialized_start=482
-  _globals['_TOOLCHOICE']._serialized_end=651
-  _globals['_TOOLCHOICE_MODE']._serialized_start=558
-  _globals['_TOOLCHOICE_MODE']._serialized_end=651
-  _globals['_TOOLCALLDELTA']._serialized_start=653
-  _globals['_TOOLCALLDELTA']._serialized_end=733
+  _globals['_CHATMESSAGE']._serialized_end=243
+  _globals['_CONTENTPART']._serialized_start=245
+  _globals['_CONTENTPART']._serialized_end=323
+  _globals['_IMAGE']._serialized_start=326
+  _globals['_IMAGE']._serialized_end=525
+  _globals['_IMAGE_DETAIL']._serialized_start=433
+  _globals['_IMAGE_DETAIL']._serialized_end=515
+  _globals['_TOOL']._serialized_start=527
+  _globals['_TOOL']._serialized_end=593
+  _globals['_TOOLCALL']._serialized_start=595
+  _globals['_TOOLCALL']._serialized_end=655
+  _globals['_CHATPROMPT']._serialized_start=658
+  _globals['_CHATPROMPT']._serialized_end=806
+  _globals['_TOOLCHOICE']._serialized_start=809
+  _globals['_TOOLCHOICE']._serialized_end=978
+  _globals['_TOOLCHOICE_MODE']._serialized_start=885
+  _globals['_TOOLCHOICE_MODE']._serialized_end=978
+  _globals['_TOOLCALLDELTA']._serialized_start=980
+  _globals['_TOOLCALLDELTA']._serialized_end=1060
 # @@protoc_insertion_point(module_scope)

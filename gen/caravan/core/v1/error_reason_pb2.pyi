@@ -160,6 +160,67 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
 
     Metadata: {"engine_id": "engine-3"}.
     """
+    ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 28
+    """The provider of the model, or the limit that is set for it, allows no more requests for now. Carries a RetryInfo.
+
+    Metadata: {"provider": "openai", "limit": "requests_per_minute"}.
+    """
+    ERROR_REASON_CIRCUIT_OPEN: _ErrorReason.ValueType  # 29
+    """The provider of the model has failed too often lately, and is left alone for a while. Carries a RetryInfo.
+
+    Metadata: {"provider": "openai"}.
+    """
+    ERROR_REASON_CONTENT_FILTERED: _ErrorReason.ValueType  # 30
+    """The provider refuses to answer for what the request says.
+
+    Metadata: {"provider": "openai", "category": "violence"}.
+    """
+    ERROR_REASON_PROVIDER_REJECTED: _ErrorReason.ValueType  # 31
+    """The provider finds a mistake in the request; the message is the provider's.
+
+    Metadata: {"provider": "openai", "status": "400", "param": "messages"}.
+    """
+    ERROR_REASON_PROVIDER_UNAUTHORIZED: _ErrorReason.ValueType  # 32
+    """The provider does not take the credential of the deployment. The operator must act, not the caller.
+
+    Metadata: {"provider": "openai"}.
+    """
+    ERROR_REASON_PROVIDER_FORBIDDEN: _ErrorReason.ValueType  # 33
+    """The provider does not allow this use to the credential of the deployment.
+
+    Metadata: {"provider": "openai"}.
+    """
+    ERROR_REASON_PROVIDER_NOT_FOUND: _ErrorReason.ValueType  # 34
+    """The provider does not know the model or the address of the deployment. The operator must act, not the caller.
+
+    Metadata: {"provider": "openai", "model": "gpt-9"}.
+    """
+    ERROR_REASON_PROVIDER_FAILED: _ErrorReason.ValueType  # 35
+    """The provider failed, or answered what is no answer. Carries a RetryInfo.
+
+    Metadata: {"provider": "openai", "status": "503"}.
+    """
+    ERROR_REASON_PROVIDER_UNREACHABLE: _ErrorReason.ValueType  # 36
+    """The provider cannot be reached, or its answer was cut off. Carries a RetryInfo.
+
+    Metadata: {"provider": "openai"}.
+    """
+    ERROR_REASON_PROVIDER_TIMEOUT: _ErrorReason.ValueType  # 37
+    """The provider took too long. Carries a RetryInfo.
+
+    Metadata: {"provider": "openai", "waited_for": "first_byte", "elapsed_ms": "60000"}; waited_for is one of connect, first_byte,
+    between_bytes and total.
+    """
+    ERROR_REASON_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 38
+    """The budget of the deployment, or the caller's part of it, is spent. Carries a RetryInfo.
+
+    Metadata: {"model": "chat", "budget": "usd_per_hour"}.
+    """
+    ERROR_REASON_UNSUPPORTED_METHOD: _ErrorReason.ValueType  # 39
+    """The engine of the model does not have this method.
+
+    Metadata: {"method": "PrefillOnly", "provider": "openai"}.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a request failed. Carried by name in google.rpc.ErrorInfo.reason with the domain "caravan".
@@ -304,5 +365,66 @@ ERROR_REASON_ENGINE_STALLED: ErrorReason.ValueType  # 27
 """The engine that served the request gave no sign of life for too long. Carries a RetryInfo.
 
 Metadata: {"engine_id": "engine-3"}.
+"""
+ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 28
+"""The provider of the model, or the limit that is set for it, allows no more requests for now. Carries a RetryInfo.
+
+Metadata: {"provider": "openai", "limit": "requests_per_minute"}.
+"""
+ERROR_REASON_CIRCUIT_OPEN: ErrorReason.ValueType  # 29
+"""The provider of the model has failed too often lately, and is left alone for a while. Carries a RetryInfo.
+
+Metadata: {"provider": "openai"}.
+"""
+ERROR_REASON_CONTENT_FILTERED: ErrorReason.ValueType  # 30
+"""The provider refuses to answer for what the request says.
+
+Metadata: {"provider": "openai", "category": "violence"}.
+"""
+ERROR_REASON_PROVIDER_REJECTED: ErrorReason.ValueType  # 31
+"""The provider finds a mistake in the request; the message is the provider's.
+
+Metadata: {"provider": "openai", "status": "400", "param": "messages"}.
+"""
+ERROR_REASON_PROVIDER_UNAUTHORIZED: ErrorReason.ValueType  # 32
+"""The provider does not take the credential of the deployment. The operator must act, not the caller.
+
+Metadata: {"provider": "openai"}.
+"""
+ERROR_REASON_PROVIDER_FORBIDDEN: ErrorReason.ValueType  # 33
+"""The provider does not allow this use to the credential of the deployment.
+
+Metadata: {"provider": "openai"}.
+"""
+ERROR_REASON_PROVIDER_NOT_FOUND: ErrorReason.ValueType  # 34
+"""The provider does not know the model or the address of the deployment. The operator must act, not the caller.
+
+Metadata: {"provider": "openai", "model": "gpt-9"}.
+"""
+ERROR_REASON_PROVIDER_FAILED: ErrorReason.ValueType  # 35
+"""The provider failed, or answered what is no answer. Carries a RetryInfo.
+
+Metadata: {"provider": "openai", "status": "503"}.
+"""
+ERROR_REASON_PROVIDER_UNREACHABLE: ErrorReason.ValueType  # 36
+"""The provider cannot be reached, or its answer was cut off. Carries a RetryInfo.
+
+Metadata: {"provider": "openai"}.
+"""
+ERROR_REASON_PROVIDER_TIMEOUT: ErrorReason.ValueType  # 37
+"""The provider took too long. Carries a RetryInfo.
+
+Metadata: {"provider": "openai", "waited_for": "first_byte", "elapsed_ms": "60000"}; waited_for is one of connect, first_byte,
+between_bytes and total.
+"""
+ERROR_REASON_BUDGET_EXCEEDED: ErrorReason.ValueType  # 38
+"""The budget of the deployment, or the caller's part of it, is spent. Carries a RetryInfo.
+
+Metadata: {"model": "chat", "budget": "usd_per_hour"}.
+"""
+ERROR_REASON_UNSUPPORTED_METHOD: ErrorReason.ValueType  # 39
+"""The engine of the model does not have this method.
+
+Metadata: {"method": "PrefillOnly", "provider": "openai"}.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

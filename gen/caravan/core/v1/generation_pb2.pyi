@@ -35,6 +35,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """The model called tools."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """The request was cancelled by CancelRequest."""
+    FINISH_REASON_CONTENT_FILTER: _FinishReason.ValueType  # 5
+    """A provider held back the rest of the answer for what it says."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """Why the answer ended."""
@@ -49,6 +51,8 @@ FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
 """The model called tools."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """The request was cancelled by CancelRequest."""
+FINISH_REASON_CONTENT_FILTER: FinishReason.ValueType  # 5
+"""A provider held back the rest of the answer for what it says."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _CacheHit:

@@ -24,68 +24,69 @@ _sym_db = _symbol_database.Default()
 
 from caravan.core.v1 import chat_pb2 as caravan_dot_core_dot_v1_dot_chat__pb2
 from caravan.core.v1 import generation_pb2 as caravan_dot_core_dot_v1_dot_generation__pb2
+from caravan.core.v1 import scheduling_pb2 as caravan_dot_core_dot_v1_dot_scheduling__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/engine_service.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a\x1egoogle/protobuf/duration.proto\"\xff\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x06 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptions\x12)\n\x06resume\x18\t \x01(\x0b\x32\x19.caravan.engine.v1.ResumeB\x08\n\x06promptB\x0f\n\r_top_logprobs\"\x1b\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x1a\n\x0bTokenPrompt\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd7\x01\n\x10GenerateResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.caravan.engine.v1.StartedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.caravan.engine.v1.DeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.caravan.engine.v1.FinishedH\x00\x12/\n\x08progress\x18\x04 \x01(\x0b\x32\x1b.caravan.engine.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"&\n\x08Progress\x12\x1a\n\x12prompt_tokens_done\x18\x01 \x01(\r\"e\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\x8d\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\"\xf6\x02\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nfinish_key\x18\x07 \x01(\x0c\x12,\n\tcache_hit\x18\x08 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12/\n\x0crestore_time\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10GetStatusRequest\"\x80\x01\n\x11GetStatusResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"\xda\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x04 \x01(\r\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x36\n\rcache_support\x18\x07 \x01(\x0e\x32\x1f.caravan.engine.v1.CacheSupport\x12\x12\n\ncache_note\x18\x08 \x01(\t\"\xd1\x02\n\nEngineLoad\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.caravan.engine.v1.EnginePhase\x12\x15\n\rload_progress\x18\x02 \x01(\x02\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x12\n\nfree_cells\x18\x05 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x02\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x19\n\x11swapped_sequences\x18\x08 \x01(\r\x12\x16\n\x0eresident_cells\x18\t \x01(\r\x12\x11\n\tram_bytes\x18\n \x01(\x04\x12+\n\x08last_hit\x18\x0b \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x17\n\x0flast_hit_tokens\x18\x0c \x01(\r\"\x15\n\x13ListInflightRequest\"L\n\x14ListInflightResponse\x12\x34\n\x08requests\x18\x01 \x03(\x0b\x32\".caravan.engine.v1.InflightRequest\"\xaf\x01\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x05phase\x18\x02 \x01(\x0e\x32\x1f.caravan.engine.v1.RequestPhase\x12&\n\x03\x61ge\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\"\xcf\x01\n\x12PrefillOnlyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12,\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06prompt\"\x85\x01\n\x13PrefillOnlyResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x12\n\nfinish_key\x18\x04 \x01(\x0c\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"#\n\x12\x45ndSessionResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\"\n\x12\x46\x65tchBlocksRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"O\n\x13\x46\x65tchBlocksResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x0f\n\x07missing\x18\x04 \x01(\x08*w\n\x0c\x43\x61\x63heSupport\x12\x1d\n\x19\x43\x41\x43HE_SUPPORT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41\x43HE_SUPPORT_BLOCKS\x10\x01\x12\x17\n\x13\x43\x41\x43HE_SUPPORT_WHOLE\x10\x02\x12\x15\n\x11\x43\x41\x43HE_SUPPORT_OFF\x10\x03*\xca\x01\n\x0b\x45nginePhase\x12\x1c\n\x18\x45NGINE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PHASE_LOADING\x10\x01\x12\x15\n\x11\x45NGINE_PHASE_IDLE\x10\x02\x12\x1b\n\x17\x45NGINE_PHASE_PREFILLING\x10\x03\x12\x1b\n\x17\x45NGINE_PHASE_GENERATING\x10\x04\x12\x19\n\x15\x45NGINE_PHASE_DRAINING\x10\x05\x12\x17\n\x13\x45NGINE_PHASE_FAILED\x10\x06*\x83\x01\n\x0cRequestPhase\x12\x1d\n\x19REQUEST_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_PHASE_QUEUED\x10\x01\x12\x1c\n\x18REQUEST_PHASE_PREFILLING\x10\x02\x12\x1c\n\x18REQUEST_PHASE_GENERATING\x10\x03\x32\x87\x05\n\rEngineService\x12U\n\x08Generate\x12\".caravan.engine.v1.GenerateRequest\x1a#.caravan.engine.v1.GenerateResponse0\x01\x12M\n\x06\x43\x61ncel\x12 .caravan.engine.v1.CancelRequest\x1a!.caravan.engine.v1.CancelResponse\x12V\n\tGetStatus\x12#.caravan.engine.v1.GetStatusRequest\x1a$.caravan.engine.v1.GetStatusResponse\x12_\n\x0cListInflight\x12&.caravan.engine.v1.ListInflightRequest\x1a\'.caravan.engine.v1.ListInflightResponse\x12\\\n\x0bPrefillOnly\x12%.caravan.engine.v1.PrefillOnlyRequest\x1a&.caravan.engine.v1.PrefillOnlyResponse\x12Y\n\nEndSession\x12$.caravan.engine.v1.EndSessionRequest\x1a%.caravan.engine.v1.EndSessionResponse\x12^\n\x0b\x46\x65tchBlocks\x12%.caravan.engine.v1.FetchBlocksRequest\x1a&.caravan.engine.v1.FetchBlocksResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/engine_service.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1a\x63\x61ravan/core/v1/chat.proto\x1a caravan/core/v1/generation.proto\x1a caravan/core/v1/scheduling.proto\x1a\x1egoogle/protobuf/duration.proto\"\xd0\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.caravan.core.v1.Sampling\x12-\n\x04stop\x18\x06 \x01(\x0b\x32\x1f.caravan.core.v1.StopConditions\x12\x19\n\x0ctop_logprobs\x18\x07 \x01(\rH\x01\x88\x01\x01\x12,\n\x05\x63\x61\x63he\x18\x08 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptions\x12)\n\x06resume\x18\t \x01(\x0b\x32\x19.caravan.engine.v1.Resume\x12\x0e\n\x06tenant\x18\n \x01(\t\x12+\n\x08priority\x18\x0b \x01(\x0e\x32\x19.caravan.core.v1.Priority\x12\x12\n\nseed_drawn\x18\x0c \x01(\x08\x42\x08\n\x06promptB\x0f\n\r_top_logprobs\"\x1b\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x1a\n\x0bTokenPrompt\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd7\x01\n\x10GenerateResponse\x12-\n\x07started\x18\x01 \x01(\x0b\x32\x1a.caravan.engine.v1.StartedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.caravan.engine.v1.DeltaH\x00\x12/\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1b.caravan.engine.v1.FinishedH\x00\x12/\n\x08progress\x18\x04 \x01(\x0b\x32\x1b.caravan.engine.v1.ProgressH\x00\x42\x07\n\x05\x65vent\"&\n\x08Progress\x12\x1a\n\x12prompt_tokens_done\x18\x01 \x01(\r\"e\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\"\xae\x01\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x32\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1e.caravan.core.v1.ToolCallDelta\x12/\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1d.caravan.core.v1.TokenLogprob\x12\x0f\n\x07refusal\x18\x05 \x01(\t\x12\x0e\n\x06pieces\x18\x06 \x01(\r\"\x8c\x03\n\x08\x46inished\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.caravan.core.v1.FinishReason\x12%\n\x05usage\x18\x02 \x01(\x0b\x32\x16.caravan.core.v1.Usage\x12\x11\n\tstop_text\x18\x03 \x01(\t\x12-\n\nqueue_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cprefill_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x64\x65\x63ode_time\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nfinish_key\x18\x07 \x01(\x0c\x12,\n\tcache_hit\x18\x08 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12/\n\x0crestore_time\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x14\n\x0c\x63ost_nanousd\x18\n \x01(\x04\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1f\n\x0e\x43\x61ncelResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x12\n\x10GetStatusRequest\"\x80\x01\n\x11GetStatusResponse\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.caravan.engine.v1.ModelInfo\x12+\n\x04load\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.EngineLoad\"\xec\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x04 \x01(\r\x12\x15\n\rmax_sequences\x18\x05 \x01(\r\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\x36\n\rcache_support\x18\x07 \x01(\x0e\x32\x1f.caravan.engine.v1.CacheSupport\x12\x12\n\ncache_note\x18\x08 \x01(\t\x12\x10\n\x08provider\x18\t \x01(\t\"\xd1\x02\n\nEngineLoad\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.caravan.engine.v1.EnginePhase\x12\x15\n\rload_progress\x18\x02 \x01(\x02\x12\x18\n\x10\x61\x63tive_sequences\x18\x03 \x01(\r\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x12\n\nfree_cells\x18\x05 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x06 \x01(\x02\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x19\n\x11swapped_sequences\x18\x08 \x01(\r\x12\x16\n\x0eresident_cells\x18\t \x01(\r\x12\x11\n\tram_bytes\x18\n \x01(\x04\x12+\n\x08last_hit\x18\x0b \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x17\n\x0flast_hit_tokens\x18\x0c \x01(\r\"\x15\n\x13ListInflightRequest\"L\n\x14ListInflightResponse\x12\x34\n\x08requests\x18\x01 \x03(\x0b\x32\".caravan.engine.v1.InflightRequest\"\xaf\x01\n\x0fInflightRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\x05phase\x18\x02 \x01(\x0e\x32\x1f.caravan.engine.v1.RequestPhase\x12&\n\x03\x61ge\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\"\xcf\x01\n\x12PrefillOnlyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1b.caravan.core.v1.ChatPromptH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x30\n\x06tokens\x18\x04 \x01(\x0b\x32\x1e.caravan.engine.v1.TokenPromptH\x00\x12,\n\x05\x63\x61\x63he\x18\x05 \x01(\x0b\x32\x1d.caravan.core.v1.CacheOptionsB\x08\n\x06prompt\"\x85\x01\n\x13PrefillOnlyResponse\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12,\n\tcache_hit\x18\x03 \x01(\x0e\x32\x19.caravan.core.v1.CacheHit\x12\x12\n\nfinish_key\x18\x04 \x01(\x0c\"\'\n\x11\x45ndSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"#\n\x12\x45ndSessionResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\"\n\x12\x46\x65tchBlocksRequest\x12\x0c\n\x04keys\x18\x01 \x03(\x0c\"O\n\x13\x46\x65tchBlocksResponse\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0c\n\x04last\x18\x03 \x01(\x08\x12\x0f\n\x07missing\x18\x04 \x01(\x08*w\n\x0c\x43\x61\x63heSupport\x12\x1d\n\x19\x43\x41\x43HE_SUPPORT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41\x43HE_SUPPORT_BLOCKS\x10\x01\x12\x17\n\x13\x43\x41\x43HE_SUPPORT_WHOLE\x10\x02\x12\x15\n\x11\x43\x41\x43HE_SUPPORT_OFF\x10\x03*\xca\x01\n\x0b\x45nginePhase\x12\x1c\n\x18\x45NGINE_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_PHASE_LOADING\x10\x01\x12\x15\n\x11\x45NGINE_PHASE_IDLE\x10\x02\x12\x1b\n\x17\x45NGINE_PHASE_PREFILLING\x10\x03\x12\x1b\n\x17\x45NGINE_PHASE_GENERATING\x10\x04\x12\x19\n\x15\x45NGINE_PHASE_DRAINING\x10\x05\x12\x17\n\x13\x45NGINE_PHASE_FAILED\x10\x06*\x83\x01\n\x0cRequestPhase\x12\x1d\n\x19REQUEST_PHASE_UNSPECIFIED\x10\x00\x12\x18\n\x14REQUEST_PHASE_QUEUED\x10\x01\x12\x1c\n\x18REQUEST_PHASE_PREFILLING\x10\x02\x12\x1c\n\x18REQUEST_PHASE_GENERATING\x10\x03\x32\x87\x05\n\rEngineService\x12U\n\x08Generate\x12\".caravan.engine.v1.GenerateRequest\x1a#.caravan.engine.v1.GenerateResponse0\x01\x12M\n\x06\x43\x61ncel\x12 .caravan.engine.v1.CancelRequest\x1a!.caravan.engine.v1.CancelResponse\x12V\n\tGetStatus\x12#.caravan.engine.v1.GetStatusRequest\x1a$.caravan.engine.v1.GetStatusResponse\x12_\n\x0cListInflight\x12&.caravan.engine.v1.ListInflightRequest\x1a\'.caravan.engine.v1.ListInflightResponse\x12\\\n\x0bPrefillOnly\x12%.caravan.engine.v1.PrefillOnlyRequest\x1a&.caravan.engine.v1.PrefillOnlyResponse\x12Y\n\nEndSession\x12$.caravan.engine.v1.EndSessionRequest\x1a%.caravan.engine.v1.EndSessionResponse\x12^\n\x0b\x46\x65tchBlocks\x12%.caravan.engine.v1.FetchBlocksRequest\x1a&.caravan.engine.v1.FetchBlocksResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.engine.v1.engine_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CACHESUPPORT']._serialized_start=3082
-  _globals['_CACHESUPPORT']._serialized_end=3201
-  _globals['_ENGINEPHASE']._serialized_start=3204
-  _globals['_ENGINEPHASE']._serialized_end=3406
-  _globals['_REQUESTPHASE']._serialized_start=3409
-  _globals['_REQUESTPHASE']._serialized_end=3540
-  _globals['_GENERATEREQUEST']._serialized_start=156
-  _globals['_GENERATEREQUEST']._serialized_end=539
-  _globals['_RESUME']._serialized_start=541
-  _globals['_RESUME']._serialized_end=568
-  _globals['_TOKENPROMPT']._serialized_start=570
-  _globals['_TOKENPROMPT']._serialized_end=596
-  _globals['_GENERATERESPONSE']._serialized_start=599
-  _globals['_GENERATERESPONSE']._serialized_end=814
-  _globals['_PROGRESS']._serialized_start=816
-  _globals['_PROGRESS']._serialized_end=854
-  _globals['_STARTED']._serialized_start=856
-  _globals['_STARTED']._serialized_end=957
-  _globals['_DELTA']._serialized_start=960
-  _globals['_DELTA']._serialized_end=1101
-  _globals['_FINISHED']._serialized_start=1104
-  _globals['_FINISHED']._serialized_end=1478
-  _globals['_CANCELREQUEST']._serialized_start=1480
-  _globals['_CANCELREQUEST']._serialized_end=1515
-  _globals['_CANCELRESPONSE']._serialized_start=1517
-  _globals['_CANCELRESPONSE']._serialized_end=1548
-  _globals['_GETSTATUSREQUEST']._serialized_start=1550
-  _globals['_GETSTATUSREQUEST']._serialized_end=1568
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1571
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1699
-  _globals['_MODELINFO']._serialized_start=1702
-  _globals['_MODELINFO']._serialized_end=1920
-  _globals['_ENGINELOAD']._serialized_start=1923
-  _globals['_ENGINELOAD']._serialized_end=2260
-  _globals['_LISTINFLIGHTREQUEST']._serialized_start=2262
-  _globals['_LISTINFLIGHTREQUEST']._serialized_end=2283
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=2285
-  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=2361
-  _globals['_INFLIGHTREQUEST']._serialized_start=2364
-  _globals['_INFLIGHTREQUEST']._serialized_end=2539
-  _globals['_PREFILLONLYREQUEST']._serialized_start=2542
-  _globals['_PREFILLONLYREQUEST']._serialized_end=2749
-  _globals['_PREFILLONLYRESPONSE']._serialized_start=2752
-  _globals['_PREFILLONLYRESPONSE']._serialized_end=2885
-  _globals['_ENDSESSIONREQUEST']._serialized_start=2887
-  _globals['_ENDSESSIONREQUEST']._serialized_end=2926
-  _globals['_ENDSESSIONRESPONSE']._serialized_start=2928
-  _globals['_ENDSESSIONRESPONSE']._serialized_end=2963
-  _globals['_FETCHBLOCKSREQUEST']._serialized_start=2965
-  _globals['_FETCHBLOCKSREQUEST']._serialized_end=2999
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=3001
-  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=3080
-  _globals['_ENGINESERVICE']._serialized_start=3543
-  _globals['_ENGINESERVICE']._serialized_end=4190
+  _globals['_CACHESUPPORT']._serialized_start=3270
+  _globals['_CACHESUPPORT']._serialized_end=3389
+  _globals['_ENGINEPHASE']._serialized_start=3392
+  _globals['_ENGINEPHASE']._serialized_end=3594
+  _globals['_REQUESTPHASE']._serialized_start=3597
+  _globals['_REQUESTPHASE']._serialized_end=3728
+  _globals['_GENERATEREQUEST']._serialized_start=190
+  _globals['_GENERATEREQUEST']._serialized_end=654
+  _globals['_RESUME']._serialized_start=656
+  _globals['_RESUME']._serialized_end=683
+  _globals['_TOKENPROMPT']._serialized_start=685
+  _globals['_TOKENPROMPT']._serialized_end=711
+  _globals['_GENERATERESPONSE']._serialized_start=714
+  _globals['_GENERATERESPONSE']._serialized_end=929
+  _globals['_PROGRESS']._serialized_start=931
+  _globals['_PROGRESS']._serialized_end=969
+  _globals['_STARTED']._serialized_start=971
+  _globals['_STARTED']._serialized_end=1072
+  _globals['_DELTA']._serialized_start=1075
+  _globals['_DELTA']._serialized_end=1249
+  _globals['_FINISHED']._serialized_start=1252
+  _globals['_FINISHED']._serialized_end=1648
+  _globals['_CANCELREQUEST']._serialized_start=1650
+  _globals['_CANCELREQUEST']._serialized_end=1685
+  _globals['_CANCELRESPONSE']._serialized_start=1687
+  _globals['_CANCELRESPONSE']._serialized_end=1718
+  _globals['_GETSTATUSREQUEST']._serialized_start=1720
+  _globals['_GETSTATUSREQUEST']._serialized_end=1738
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1741
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1869
+  _globals['_MODELINFO']._serialized_start=1872
+  _globals['_MODELINFO']._serialized_end=2108
+  _globals['_ENGINELOAD']._serialized_start=2111
+  _globals['_ENGINELOAD']._serialized_end=2448
+  _globals['_LISTINFLIGHTREQUEST']._serialized_start=2450
+  _globals['_LISTINFLIGHTREQUEST']._serialized_end=2471
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_start=2473
+  _globals['_LISTINFLIGHTRESPONSE']._serialized_end=2549
+  _globals['_INFLIGHTREQUEST']._serialized_start=2552
+  _globals['_INFLIGHTREQUEST']._serialized_end=2727
+  _globals['_PREFILLONLYREQUEST']._serialized_start=2730
+  _globals['_PREFILLONLYREQUEST']._serialized_end=2937
+  _globals['_PREFILLONLYRESPONSE']._serialized_start=2940
+  _globals['_PREFILLONLYRESPONSE']._serialized_end=3073
+  _globals['_ENDSESSIONREQUEST']._serialized_start=3075
+  _globals['_ENDSESSIONREQUEST']._serialized_end=3114
+  _globals['_ENDSESSIONRESPONSE']._serialized_start=3116
+  _globals['_ENDSESSIONRESPONSE']._serialized_end=3151
+  _globals['_FETCHBLOCKSREQUEST']._serialized_start=3153
+  _globals['_FETCHBLOCKSREQUEST']._serialized_end=3187
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_start=3189
+  _globals['_FETCHBLOCKSRESPONSE']._serialized_end=3268
+  _globals['_ENGINESERVICE']._serialized_start=3731
+  _globals['_ENGINESERVICE']._serialized_end=4378
 # @@protoc_insertion_point(module_scope)

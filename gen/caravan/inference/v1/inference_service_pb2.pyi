@@ -295,8 +295,14 @@ class Delta(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text of the tokens: whole UTF-8 characters; empty while a character, stop text or tool call is incomplete."""
+    refusal: _builtins.str
+    """Text in which the model says why it does not answer."""
+    pieces: _builtins.int
+    """Pieces of the answer in this delta, as a provider sent them. 0 where token_ids tell."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids of the tokens."""
@@ -316,10 +322,12 @@ class Delta(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         tool_calls: _abc.Iterable[_chat_pb2.ToolCallDelta] | None = ...,
         logprobs: _abc.Iterable[_generation_pb2.TokenLogprob] | None = ...,
+        refusal: _builtins.str = ...,
+        pieces: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "pieces", b"pieces", "refusal", b"refusal", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,12 +343,15 @@ class Finished(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     FINISH_KEY_FIELD_NUMBER: _builtins.int
     CACHE_HIT_FIELD_NUMBER: _builtins.int
+    COST_NANOUSD_FIELD_NUMBER: _builtins.int
     reason: _generation_pb2.FinishReason.ValueType
     """Why it ended."""
     finish_key: _builtins.bytes
     """Key of the KV state of prompt and answer, for CacheOptions.parent_key. 32 bytes; empty if it is not kept."""
     cache_hit: _generation_pb2.CacheHit.ValueType
     """Where the reused part of the prompt came from."""
+    cost_nanousd: _builtins.int
+    """What a provider charges for the request, in billionths of a US dollar, by the price table. 0: nothing, or not known."""
     @_builtins.property
     def usage(self) -> _generation_pb2.Usage:
         """Tokens used."""
@@ -352,10 +363,11 @@ class Finished(_message.Message):
         usage: _generation_pb2.Usage | None = ...,
         finish_key: _builtins.bytes = ...,
         cache_hit: _generation_pb2.CacheHit.ValueType = ...,
+        cost_nanousd: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "finish_key", b"finish_key", "reason", b"reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_hit", b"cache_hit", "cost_nanousd", b"cost_nanousd", "finish_key", b"finish_key", "reason", b"reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

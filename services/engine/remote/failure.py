@@ -1,0 +1,67 @@
+"""How a call to a provider fails (S3.19-S3.22), and what follows from it for retries, the breaker and the caller. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from services.runtime.errors import CaravanError
+
+
+class Failure(Enum):
+    """What went wrong; the value is the reason in the error table."""
+
+    RATE_LIMITED = "RATE_LIMITED"
+    CIRCUIT_OPEN = "CIRCUIT_OPEN"
+    CONTENT_FILTERED = "CONTENT_FILTERED"
+    CONTEXT_LENGTH_EXCEEDED = "CONTEXT_LENGTH_EXCEEDED"
+    REJECTED = "PROVIDER_REJECTED"
+    UNAUTHORIZED = "PROVIDER_UNAUTHORIZED"
+    FORBIDDEN = "PROVIDER_FORBIDDEN"
+    NOT_FOUND = "PROVIDER_NOT_FOUND"
+    SERVER_ERROR = "PROVIDER_FAILED"
+    NETWORK = "PROVIDER_UNREACHABLE"
+    TIMEOUT = "PROVIDER_TIMEOUT"
+
+
+RETRYABLE: Final = frozenset(
+    {Failure.RATE_LIMITED, Failure.SERVER_ERROR, Failure.NETWORK, Failure.TIMEOUT}
+)
+"""What may pass by itself (S3.10)."""
+CIRCUIT_FAILURES: Final = frozenset({Failure.SERVER_ERROR, Failure.NETWORK, Failure.TIMEOUT})
+"""What says that the provider is not well (S3.10); too many requests do not."""
+_RETRY_AFTER_S: Final = 1.0
+
+
+class ProviderError(Exception):
+    """A call that failed. `message` is for the caller and holds no credential.
+
+    `retry_after_s` is what the provider asked for, in seconds, or None. `metadata` is what the error table documents for the
+    reason, beside `provider`.
+    """
+
+    def __init__(
+        self,
+        failure: Failure,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        **metadata: str,
+    ) -> None:
+        super().__init__(message)
+        self.failure = failure
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.metadata = metadata
+
+    def to_error(self, provider: str) -> CaravanError:
+        """The error that the caller gets."""
+        retry_after_s = self.retry_after_s
+        if retry_after_s is None and self.failure in RETRYABLE | {Failure.CIRCUIT_OPEN}:
+            retry_after_s = _RETRY_AFTER_S
+        return CaravanError(
+            self.failure.value,
+            self.message,
+            retry_after_s=retry_after_s,
+            **{"provider": provider, **self.metadata},
+        )

@@ -37,13 +37,17 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A chain: its blocks and how to get at each, in order. `pending` is the key after it that is being saved, or empty."""
+    """A chain: its blocks and how to get at each, in order. `pending` is the key after it that is being saved, or empty.
+
+    `parts_follow`: it ends before the last key that was asked for, at blocks that may be used in part.
+    """
 
     claim_id: str
     copies: list[Copy]
     reaches: list[Reach]
     partial: Partial | None
     pending: bytes
+    parts_follow: bool = False
 
 
 class Lookup:
@@ -74,7 +78,11 @@ class Lookup:
         copies, reaches, missing = self._chain(session, keys, skip)
         partial = None
         pending = b""
+        parts_follow = False
         if missing:
+            end = KEY_BYTES * (skip + len(copies))
+            last = keys[end - KEY_BYTES : end] if end else root_key
+            parts_follow = core.index.siblings.has(last)
             row = core.index.rows.get(missing)
             if row is not None and any(c.state is CopyState.WRITING for c in row.copies):
                 pending = missing
@@ -89,11 +97,11 @@ class Lookup:
             counters.partial_hits += 1
             pinned = [*copies, partial.copy]
         if not pinned:
-            return Found("", copies, reaches, None, pending)
+            return Found("", copies, reaches, None, pending, parts_follow)
         core.index.pin(pinned)
         touch(pinned, now)
         session.claims.add(claim_id, Claim(tuple(pinned), now))
-        return Found(claim_id, copies, reaches, partial, pending)
+        return Found(claim_id, copies, reaches, partial, pending, parts_follow)
 
     def release(self, session: Session, claim_id: str, effects: Effects) -> bool:
         """Gives a claim back; whether it was held."""

@@ -40,7 +40,9 @@ def to_acquire_response(found: Found) -> bytes:
     Its blocks and places are kept as they are sent. Serialized messages of one type can be joined: the block of one and the
     place of the other make one Copy, and what is not a block stands before the blocks.
     """
-    response = pb.AcquireResponse(claim_id=found.claim_id, pending_key=found.pending)
+    response = pb.AcquireResponse(
+        claim_id=found.claim_id, pending_key=found.pending, parts_follow=found.parts_follow
+    )
     if found.partial is not None:
         row = found.partial.copy.row
         response.partial.MergeFromString(row.wire + found.partial.reach.wire)

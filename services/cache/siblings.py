@@ -56,6 +56,10 @@ class SiblingIndex:
         if not family:
             del self._families[row.parent]
 
+    def has(self, parent: bytes) -> bool:
+        """Whether there are rows with tokens after a parent."""
+        return parent in self._families
+
     def best(
         self, parent: bytes, tail: bytes, usable: Callable[[Row], bool]
     ) -> tuple[Row, int] | None:

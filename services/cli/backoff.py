@@ -11,12 +11,13 @@ from dataclasses import dataclass
 class BackoffPolicy:
     """Delays in seconds: `first`, then twice as long each time up to `most`; after `stable` seconds of life, `first` again.
 
-    Each delay is drawn from its upper half, so that processes which died together do not come back together.
+    Each delay is drawn from its upper half, so that processes which died together do not come back together. What dies of itself does
+    so while it starts, within `stable`; a process that is ended again and again, each time after it has served, is needed at once.
     """
 
     first: float = 0.25
     most: float = 15.0
-    stable: float = 30.0
+    stable: float = 5.0
 
 
 @dataclass(frozen=True)

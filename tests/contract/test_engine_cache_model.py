@@ -109,6 +109,20 @@ async def test_logits_behind_shared_blocks_are_those_of_a_cold_run() -> None:
         assert scores(warm) == scores(cold)
 
 
+async def test_a_prompt_that_goes_on_past_the_block_in_which_another_ended_begins_there() -> None:
+    async with running_engine(DEMO_MODEL) as client:
+        tokens = client.tokenize(LONG)[:700]
+        longer = [*tokens, *client.tokenize("What is the capital of France? " * 20)]
+        assert len(tokens) // 256 < len(longer) // 256
+        cold = await client.run(with_scores(client, longer))
+    async with running_engine(DEMO_MODEL, **NOTHING_RESIDENT) as client:
+        await client.run(with_scores(client, tokens))
+        await client.until_saved()
+        warm = await client.run(with_scores(client, longer))
+        assert (warm.hit, warm.cached) == ("PARTIAL", 700)
+        assert warm.text == cold.text
+
+
 @settings(deadline=None, max_examples=8)
 @given(st.data())
 async def test_known_answers_stay_the_same_in_every_order(data: st.DataObject) -> None:

@@ -89,6 +89,23 @@ async def test_a_part_of_a_block_is_found_token_exact(tmp_path: Path) -> None:
         assert covered(await engine.find([*PROMPT[:768], *prompt_of(3, 9)])) == 768
 
 
+async def test_what_ends_within_a_block_is_found_by_a_prompt_that_goes_on_past_it(
+    tmp_path: Path,
+) -> None:
+    longer = [*PROMPT[:1_000], *prompt_of(3, 600)]
+    alike = [*PROMPT[:788], *prompt_of(3, 600)]
+    async with running_cache() as service:
+        async with running_engine(service.address, disk(tmp_path), ram_quota_bytes=NO_RAM) as one:
+            await one.save(BLOCKS)
+            assert covered(await one.find(longer)) == 1_000
+            # A block is not loaded for the few tokens with which all prompts begin.
+            assert covered(await one.find(alike)) == 768
+    async with running_engine("") as alone:
+        await alone.save(BLOCKS)
+        assert covered(await alone.find(longer)) == 1_000
+        assert covered(await alone.find(alike)) == 768
+
+
 async def test_a_prompt_shorter_than_a_block_finds_its_part(tmp_path: Path) -> None:
     prompt = prompt_of(5, 100)
     async with (

@@ -8,11 +8,11 @@ from services.engine.kv.block_file import LoadedBlock
 from services.engine.kv.blocking import RunBlocking
 from services.engine.kv.kvc import KvcError
 from services.engine.kv.ledger import Ledger
-from services.engine.kv.restore import Failure
+from services.engine.kv.restore import Failure, Wanted
 from services.engine.kv.rows import block_of
-from services.engine.kv.search import Search
+from services.engine.kv.search import PART_TOKENS_LEAST, Search
 from services.engine.kv.state_finder import FindingParts
-from services.engine.kv.store import Asked, FoundBlock, Source
+from services.engine.kv.store import Asked, FoundBlock
 
 
 class BlockFinder:
@@ -26,8 +26,11 @@ class BlockFinder:
         """Adds to `found` the chain behind the blocks that the cells hold. Raises CacheDown; what is found until then counts."""
         search = Search(asked, self._parts.namespace, found)
         self._search_ram(search)
-        if not search.complete and self._parts.ledger is not None:
-            await self._search_service(search, self._parts.ledger)
+        try:
+            if not search.complete and self._parts.ledger is not None:
+                await self._search_service(search, self._parts.ledger)
+        finally:
+            self._end_in_ram(search)
 
     def _search_ram(self, search: Search) -> None:
         search.add_ram(self._parts.ram.chain(search.missing()))
@@ -36,33 +39,57 @@ class BlockFinder:
             if partial is not None:
                 search.add_ram_partial(*partial)
 
+    def _end_in_ram(self, search: Search) -> None:
+        """What RAM has of the block after all that was found."""
+        if search.complete:
+            return
+        partial = self._parts.ram.partial(search.parent(), search.next_tokens)
+        if partial is not None and partial[1] >= PART_TOKENS_LEAST:
+            search.add_ram_partial(*partial)
+
     async def _search_service(self, search: Search, ledger: Ledger) -> None:
         """Asks the service; waits for a save of the parent key that is in flight, and asks again (S2.31, W38)."""
         until = self._parts.clock.monotonic() + self._parts.wait_seconds
         while True:
             depth = search.depth
-            pending = await self._ask(search, ledger)
+            answer = await self._ask(search, ledger)
             left_s = until - self._parts.clock.monotonic()
-            if search.complete or not search.awaits_parent or left_s <= 0:
-                return
-            if pending is None or (search.waited and search.depth == depth):
-                return  # It failed, or waiting has brought nothing new.
+            if search.complete or answer is None:
+                return  # All is found, or a block failed.
+            stuck = search.waited and search.depth == depth  # Waiting has brought nothing new.
+            if not search.awaits_parent or left_s <= 0 or stuck:
+                break
             if not search.waited:
                 self._parts.stats.waits += 1
             search.waited = True
-            outcome = await ledger.wait(pending or search.parent_key, left_s)
+            outcome = await ledger.wait(answer.pending_key or search.parent_key, left_s)
             if outcome != pb.WAIT_OUTCOME_AVAILABLE:
-                return
+                break
             self._search_ram(search)
+        if answer.parts_follow:
+            await self._ask_part(search, ledger)
 
-    async def _ask(self, search: Search, ledger: Ledger) -> bytes | None:
-        """Acquires, loads and releases; returns the key that is being saved, b"" if none, None if a block failed."""
+    async def _ask(self, search: Search, ledger: Ledger) -> pb.AcquireResponse | None:
+        """Asks for the chain and what follows it whole, and loads what there is; None if a block failed."""
         response = await ledger.acquire(
             search.salted.root_key(), search.keys, search.depth, search.tail
         )
+        self._learn(search, response)
+        whole = await self._load(search, ledger, response, search.wanted(response))
+        return response if whole else None
+
+    async def _ask_part(self, search: Search, ledger: Ledger) -> None:
+        """Asks for a block that begins like the one that is missing, and loads it."""
+        response = await ledger.acquire(
+            search.salted.root_key(), search.keys[: search.depth], search.depth, search.next_tokens
+        )
+        await self._load(search, ledger, response, search.wanted_part(response))
+
+    async def _load(
+        self, search: Search, ledger: Ledger, response: pb.AcquireResponse, wanted: list[Wanted]
+    ) -> bool:
+        """Loads what the response has pinned, and gives the claim back; whether all of it could be taken."""
         try:
-            wanted = search.wanted(response)
-            self._learn(search, response)
             usable = len(wanted)
             for index, one in enumerate(wanted):
                 if one.expected.key in self._parts.withdrawals.refused:
@@ -74,21 +101,23 @@ class BlockFinder:
                 ledger.release_soon(response.claim_id)
         for one, block in zip(wanted, restored.blocks, strict=False):
             try:
-                await self._take(search, block, one.source)
+                await self._take(search, block, one)
             except KvcError as error:
                 self._parts.withdrawals.failed(Failure(one, error))
-                return None
+                return False
         if restored.failure is not None:
             self._parts.withdrawals.failed(restored.failure)
-            return None
-        return response.pending_key if usable == len(wanted) else None
+            return False
+        return usable == len(wanted)
 
-    async def _take(self, search: Search, block: LoadedBlock, source: Source) -> None:
+    async def _take(self, search: Search, block: LoadedBlock, wanted: Wanted) -> None:
         """Adds a loaded block to what is found, and keeps it in RAM. Raises KvcError."""
         saved = block_of(block.meta, block.state)
-        if search.chain_complete:
+        if wanted.expected.token_bytes is None:
             await self._checkers(lambda: search.check_key(block.meta, saved.tokens))
-        search.add_loaded(saved, source)
+            search.add_loaded_part(saved, wanted.source)
+        else:
+            search.add_loaded(saved, wanted.source)
         self._parts.ram.put(saved, block.meta.created)
 
     def _learn(self, search: Search, response: pb.AcquireResponse) -> None:

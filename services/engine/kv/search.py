@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from caravan.cache.v1 import cache_service_pb2 as pb
 
@@ -13,6 +14,8 @@ from services.engine.kv.ram import common_prefix
 from services.engine.kv.restore import Wanted
 from services.engine.kv.store import Asked, FoundBlock, SavedBlock, Source
 
+PART_TOKENS_LEAST: Final = 32
+"""Fewer tokens of a block are not worth its loading, unless they are the end of the prompt: most prompts begin alike."""
 _SOURCES = {pb.TIER_RAM_FILE: Source.RAM_FILE, pb.TIER_DISK: Source.DISK}
 
 
@@ -67,6 +70,12 @@ class Search:
         return self.prompt[len(self.keys) * BLOCK_TOKENS :]
 
     @property
+    def next_tokens(self) -> Sequence[int]:
+        """The tokens after what is found, of one block at most."""
+        start = self.depth * BLOCK_TOKENS
+        return self.prompt[start : start + BLOCK_TOKENS]
+
+    @property
     def has_partial(self) -> bool:
         """Whether a block was found that begins like the tail."""
         return bool(self._partial_key)
@@ -74,7 +83,7 @@ class Search:
     @property
     def complete(self) -> bool:
         """Whether nothing more can be found, or a block in part has been found."""
-        return self.chain_complete and (not self.tail or self.has_partial)
+        return self.has_partial or (self.chain_complete and not self.tail)
 
     @property
     def awaits_parent(self) -> bool:
@@ -99,13 +108,13 @@ class Search:
             self._add_full(block, Source.RAM)
 
     def add_ram_partial(self, block: SavedBlock, length: int) -> None:
-        """The block after the whole chain, of which `length` tokens match."""
+        """The block after the chain, of which `length` tokens match."""
         self._add_partial(block, length, Source.RAM)
 
     # --- found by the cache service ------------------------------------------------------------------------------
 
     def wanted(self, response: pb.AcquireResponse) -> list[Wanted]:
-        """What to load of what the service found, in order."""
+        """What to load of what the service found, in order: full blocks, and one in part where it follows the whole chain."""
         wanted: list[Wanted] = []
         parent = self.parent()
         for index, copy in enumerate(response.blocks, self.depth):
@@ -116,19 +125,31 @@ class Search:
             expected = Expected(self.keys[index], parent, self.files, start, tokens)
             wanted.append(wanted_of(expected, copy))
             parent = expected.key
-        if response.HasField("partial") and self.depth + len(wanted) == len(self.keys):
-            key, start = response.partial.block.key, len(self.keys) * BLOCK_TOKENS
-            wanted.append(
-                wanted_of(Expected(key, parent, self.files, start, None), response.partial)
-            )
+        if self.depth + len(wanted) == len(self.keys):
+            wanted += self._wanted_part(response, len(self.keys), parent)
         return wanted
 
+    def wanted_part(self, response: pb.AcquireResponse) -> list[Wanted]:
+        """What to load in part after what is found, as the service answered for the keys up to there."""
+        if response.partial_tokens < PART_TOKENS_LEAST:
+            return []
+        return self._wanted_part(response, self.depth, self.parent())
+
+    def _wanted_part(self, response: pb.AcquireResponse, index: int, parent: bytes) -> list[Wanted]:
+        if not response.HasField("partial"):
+            return []
+        expected = Expected(
+            response.partial.block.key, parent, self.files, index * BLOCK_TOKENS, None
+        )
+        return [wanted_of(expected, response.partial)]
+
     def add_loaded(self, block: SavedBlock, source: Source) -> None:
-        """The next block, loaded and checked. Raises KvcError where none of its tokens is the prompt's."""
-        if not self.chain_complete:
-            self._add_full(block, source)
-            return
-        length = common_prefix(block.tokens, tuple(self.tail))
+        """The next full block, loaded and checked."""
+        self._add_full(block, source)
+
+    def add_loaded_part(self, block: SavedBlock, source: Source) -> None:
+        """The block after what is found, loaded and checked. Raises KvcError where none of its tokens is the prompt's."""
+        length = common_prefix(block.tokens, tuple(self.next_tokens))
         if length == 0:
             raise KvcError(Flaw.TOKENS_MISMATCH)
         self._add_partial(block, length, source)

@@ -732,12 +732,17 @@ class AcquireResponse(_message.Message):
     PARTIAL_FIELD_NUMBER: _builtins.int
     PARTIAL_TOKENS_FIELD_NUMBER: _builtins.int
     PENDING_KEY_FIELD_NUMBER: _builtins.int
+    PARTS_FOLLOW_FIELD_NUMBER: _builtins.int
     claim_id: _builtins.str
     """Id of the claim that pins the blocks; empty if there are none. Release it."""
     partial_tokens: _builtins.int
     """How many tokens of `partial` match. At least 1 if it is set."""
     pending_key: _builtins.bytes
     """Key after the chain that is being saved by someone now, for Wait. Empty if none."""
+    parts_follow: _builtins.bool
+    """Where the chain ends before the last of `keys`: whether blocks that may be used in part follow it. Asked for the keys up to
+    there, with what comes next as `tail`, the service names the best of them.
+    """
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Copy]:
         """The blocks, in order, without a gap, from block `skip` on."""
@@ -754,10 +759,11 @@ class AcquireResponse(_message.Message):
         partial: Global___Copy | None = ...,
         partial_tokens: _builtins.int = ...,
         pending_key: _builtins.bytes = ...,
+        parts_follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["partial", b"partial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "claim_id", b"claim_id", "partial", b"partial", "partial_tokens", b"partial_tokens", "pending_key", b"pending_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "claim_id", b"claim_id", "partial", b"partial", "partial_tokens", b"partial_tokens", "parts_follow", b"parts_follow", "pending_key", b"pending_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator import refusals
 from services.coordinator.admission import Admission
 from services.coordinator.backpressure import Backpressure
+from services.coordinator.budgets import Budgets
+from services.coordinator.costs import Costs
 from services.coordinator.deployment import Deployment
 from services.coordinator.deployments import Deployments
+from services.coordinator.drain_orders import DrainOrders
 from services.coordinator.effects import (
     NOTHING,
     DrainEngine,
@@ -34,6 +38,7 @@ from services.coordinator.limits import SILENT_INTERVALS_MAX, Limits
 from services.coordinator.models import ModelCatalogue
 from services.coordinator.relearning import Relearning
 from services.coordinator.routing import LeastLoaded, Policy
+from services.coordinator.spend_ledger import SpendLedger
 from services.coordinator.tasks import Priority
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
@@ -47,8 +52,12 @@ class CoordinatorState:
         limits: Limits,
         new_policy: Callable[[], Policy] = LeastLoaded,
         learning_until: float = -math.inf,
+        ledger: SpendLedger | None = None,
     ) -> None:
-        """Until `learning_until`, in monotonic seconds, requests of models without engines wait for these to join."""
+        """Until `learning_until`, in monotonic seconds, requests of models without engines wait for these to join.
+
+        `ledger` is what was spent before; None: nothing.
+        """
         self.limits = limits
         self.engines = EngineRegistry(limits.leases_per_engine_max)
         self.gateways = GatewayRegistry()
@@ -57,12 +66,16 @@ class CoordinatorState:
             lambda: Backpressure(limits.boundary(), limits.tenant_weights),
             new_policy,
         )
-        self._admission = Admission(limits, self.engines, self.models, learning_until)
+        ledger = SpendLedger() if ledger is None else ledger
+        budgets = Budgets(ledger)
+        self._admission = Admission(limits, self.engines, self.models, budgets, learning_until)
+        self.costs = Costs(ledger, budgets, self.models, self._admission)
         self.deployments = Deployments(self._admission, self.engines, self._retire)
         self._relearning = Relearning(limits, self.engines, self._admission)
         self.leases = self._admission.leases
         self.waiting = self._admission.waiting
         self.draining = False
+        self._drain_orders = DrainOrders()
         self._sessions = 0
         self._expired_at: float | None = None
 
@@ -105,6 +118,7 @@ class CoordinatorState:
         )
         if before is not None and before.incarnation == incarnation:
             record.is_drained = before.is_drained
+        effects += self._drain_orders.repeat(record, now)
         self.models.add_engine(record, wall)
         effects += self._relearning.engine_joined(record, now)
         # First who must not go there and whether it is held back, then whether it gets what waits.
@@ -121,6 +135,8 @@ class CoordinatorState:
         load: engine_pb.EngineLoad,
         now: float,
         requests: Sequence[engine_pb.InflightRequest] = (),
+        *,
+        spend: Sequence[pb.SpendCounter] = (),
     ) -> Effects:
         """Takes a report; asks again to end what was cancelled and is still leased, and starts who can run now.
 
@@ -136,7 +152,9 @@ class CoordinatorState:
                 param="report.model.name",
             )
         self.engines.report(record, model, load, requests, now)
-        effects = self._admission.cancels_again(record)
+        # First what it has cost: who waits may not start where the budget is spent.
+        effects = self.costs.report(record, spend, now)
+        effects += self._admission.cancels_again(record)
         effects += self.deployments.engine_changed(record, now)
         return effects + self._admission.engine_changed(record, now)
 
@@ -146,12 +164,14 @@ class CoordinatorState:
         Raises CaravanError: ENGINE_NOT_FOUND.
         """
         record = self._engine(engine_id)
+        self._drain_orders.drained(record, now + grace_s, stop)
         effects = self._drain(record, grace_s, stop, now)
         return effects + self.deployments.engine_changed(record, now)
 
     def undrain_engine(self, engine_id: str, now: float) -> Effects:
         """Puts an engine back into service. Raises CaravanError: ENGINE_NOT_FOUND."""
         record = self._engine(engine_id)
+        self._drain_orders.undrained(record)
         record.is_drained = False
         changed = self.deployments.engine_changed(record, now)
         changed += self._admission.engine_changed(record, now)
@@ -240,6 +260,7 @@ class CoordinatorState:
             effects = self._end_silent(now - SILENT_INTERVALS_MAX * self.limits.interval_s, now)
             self.models.expire(now)
             effects += self._relearning.expire(now)
+            effects += self.costs.expire(now)
         return effects + self._admission.expire(now)
 
     def _end_silent(self, then: float, now: float) -> Effects:

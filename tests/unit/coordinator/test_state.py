@@ -6,7 +6,13 @@ import pytest
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator.deployment import Deployment, Serving
-from services.coordinator.effects import CancelRequest, Effects, Ending
+from services.coordinator.effects import (
+    CancelRequest,
+    DrainEngine,
+    Effects,
+    Ending,
+    UndrainEngine,
+)
 from services.coordinator.limits import Limits
 from services.coordinator.models import ABANDONED_MODELS_MAX
 from services.coordinator.state import CoordinatorState
@@ -23,11 +29,12 @@ def join(
     model: str = "demo",
     now: float = 0.0,
     life: str = "first",
+    load: engine_pb.EngineLoad = LOAD,
 ) -> tuple[int, Effects]:
-    """Registers an idle engine of 2 sequences at the wall time 100."""
+    """Registers an engine of 2 sequences at the wall time 100."""
     info = engine_pb.ModelInfo(name=model, max_sequences=2, context_tokens=512)
     return state.join_engine(
-        engine_id, "127.0.0.1:1", info, LOAD, now=now, wall=100.0, incarnation=f"{engine_id}-{life}"
+        engine_id, "127.0.0.1:1", info, load, now=now, wall=100.0, incarnation=f"{engine_id}-{life}"
     )
 
 
@@ -91,6 +98,30 @@ def test_a_process_that_stood_still_judges_nobody() -> None:
     for tick in range(6):
         effects = state.expire(61.0 + tick / 2)
     assert [(e.session, e.why) for e in effects.endings] == [(session, Ending.SILENT)]
+
+
+def test_a_command_that_the_stream_has_lost_is_said_again() -> None:
+    """To the same life of the engine, with what is left of the grace; what was said last counts."""
+    state = CoordinatorState(Limits())
+    state.join_gateway("gateway", 0.0)
+    session, _ = join(state)
+    state.drain_engine("engine", 10.0, stop=True, now=0.0)
+    state.end_session(session, 1.0)
+    session, effects = join(state, now=4.0)
+    assert effects.drains == (DrainEngine(session, 6.0, stop=True),)
+    assert reason(state) == "NO_ENGINE"
+    state.undrain_engine("engine", 5.0)
+    state.end_session(session, 6.0)
+    draining = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_DRAINING)
+    session, effects = join(state, now=7.0, load=draining)
+    assert effects.undrains == (UndrainEngine(session),)
+    state.end_session(session, 8.0)
+    session, effects = join(state, now=9.0)
+    assert effects.undrains == effects.drains == ()
+    # Another life of the process was told nothing.
+    state.drain_engine("engine", 10.0, stop=False, now=10.0)
+    state.end_session(session, 11.0)
+    assert join(state, now=12.0, life="second")[1].drains == ()
 
 
 def test_an_abandoned_model_is_remembered_for_a_while() -> None:

@@ -89,10 +89,11 @@ def caravan(
     environment: Mapping[str, str] | None = None,
     state_dir: Path | None = None,
     log_name: str = "caravan",
+    serves: Sequence[str] = (),
 ) -> Iterator[Stack]:
     """Runs `caravan up` with NAME=PATH models on a free port until the block ends. Raises StartError.
 
-    Without a `state_dir` it gets an empty one, which goes with it.
+    Without a `state_dir` it gets an empty one, which goes with it. `serves` names what the options have it serve besides.
     """
     port = free_port()
     FOLDER.mkdir(exist_ok=True)
@@ -104,7 +105,7 @@ def caravan(
         with running(log_name, argv, environment) as process:
             url = f"http://127.0.0.1:{port}"
             wait_until_answers(log_name, process, f"{url}/healthz", READY_TIMEOUT_S)
-            names = [model.partition("=")[0] for model in models]
+            names = [*(model.partition("=")[0] for model in models), *serves]
             _wait_until_serves(process, f"{url}/v1/chat/completions", names, log_name)
             listed = json.loads((state / "endpoints.json").read_text())["processes"]
             server = Server("caravan", "caravan (REST through Envoy)", port, process.pid)

@@ -16,7 +16,14 @@ from services.runtime.settings import SettingsError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     options = parser().parse_args(arguments)
-    commands = {"up": _up, "chat": _chat, "cache": _cache, "deploy": _deploy}
+    commands = {
+        "up": _up,
+        "chat": _chat,
+        "cache": _cache,
+        "deploy": _deploy,
+        "dev": _dev,
+        "remote": _remote,
+    }
     try:
         return commands.get(options.command, _on_call)(options)
     except KeyboardInterrupt:
@@ -83,6 +90,18 @@ def _deploy(options: argparse.Namespace) -> int:
     from services.cli import deploy
 
     return deploy.run(options)
+
+
+def _dev(options: argparse.Namespace) -> int:
+    from services.cli import dev
+
+    return dev.run(options)
+
+
+def _remote(options: argparse.Namespace) -> int:
+    from services.cli import remote
+
+    return remote.run(options)
 
 
 def _on_call(options: argparse.Namespace) -> int:

@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Final
 
-from services.cli import deploy_arguments, model_sources, oncall_arguments, ports
+from services.cli import (
+    costs_arguments,
+    deploy_arguments,
+    dev_arguments,
+    model_sources,
+    oncall_arguments,
+    ports,
+    remote_arguments,
+)
 from services.runtime.settings import byte_size
 
 _KEY: Final = re.compile(r"[0-9a-fA-F]{1,64}")
@@ -46,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     _add_cache(commands)
     deploy_arguments.add(commands)
     oncall_arguments.add(commands)
+    costs_arguments.add(commands)
+    dev_arguments.add(commands)
+    remote_arguments.add(commands)
     return top
 
 

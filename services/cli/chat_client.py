@@ -83,7 +83,9 @@ def pieces(lines: Iterator[str]) -> Iterator[str]:
         if "error" in event:
             raise ChatError(_message(event) or "the answer broke off")
         for choice in event.get("choices", ()):
-            text = choice.get("delta", {}).get("content")
+            delta = choice.get("delta", {})
+            # A model that refuses says so in a field of its own.
+            text = delta.get("content") or delta.get("refusal")
             if text:
                 yield text
     raise ChatError("the answer broke off")

@@ -27,7 +27,9 @@ def changes_text(changes: Sequence[service_pb.DeploymentChange]) -> Iterator[str
 
 def deployments_text(records: Collection[pb.DeploymentRecord], now_s: float) -> Iterator[str]:
     """A line per deployment, under a head; `now_s` is in seconds since the epoch."""
-    table = [("DEPLOYMENT", "STATE", "ENGINES", "FORMER", "REVISION", "AGE", "MODEL", "NOTE")]
+    table = [
+        ("DEPLOYMENT", "STATE", "ENGINES", "FORMER", "REVISION", "AGE", "RUNTIME", "MODEL", "NOTE")
+    ]
     table += [
         (
             record.deployment.name,
@@ -36,6 +38,7 @@ def deployments_text(records: Collection[pb.DeploymentRecord], now_s: float) -> 
             str(record.former_engines),
             record.revision,
             age(now_s - record.created.ToMicroseconds() / 1e6),
+            enum_word(pb.Runtime, "RUNTIME_", record.deployment.runtime),
             printable(record.deployment.model),
             printable(record.note) or "-",
         )

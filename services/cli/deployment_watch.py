@@ -10,9 +10,12 @@ import grpc
 from caravan.coordinator.v1 import deployment_pb2
 from caravan.coordinator.v1 import deployment_service_pb2 as pb
 from caravan.coordinator.v1 import deployment_service_pb2_grpc as pb_grpc
+from google.protobuf import json_format
 
 from services.cli.fleet import Wanted
+from services.cli.tables import enum_word
 from services.runtime.channel import open_channel
+from services.runtime.remote_options import PROVIDERS
 
 _AGAIN_S: Final = 0.2
 
@@ -34,12 +37,18 @@ async def watch_deployments(address: str) -> AsyncIterator[tuple[Wanted, ...]]:
 
 def _wanted(record: deployment_pb2.DeploymentRecord) -> Wanted:
     deployment, engine = record.deployment, record.deployment.engine
+    runtime = enum_word(deployment_pb2.Runtime, "RUNTIME_", deployment.runtime)
+    options = json_format.MessageToJson(
+        deployment.remote, preserving_proto_field_name=True, indent=None
+    )
     return Wanted(
         name=deployment.name,
         model=deployment.model,
         revision=record.revision,
         replicas=deployment.replicas,
         is_scripted=deployment.runtime == deployment_pb2.RUNTIME_SCRIPTED,
+        provider=runtime if runtime in PROVIDERS else "",
+        remote_options=options if runtime in PROVIDERS else "",
         is_removed=record.state == deployment_pb2.DEPLOYMENT_STATE_DRAINING,
         former_engines=record.former_engines,
         context_tokens=engine.context_tokens,

@@ -18,7 +18,8 @@ UNKNOWN_S: Final = 10.0
 class Wanted:
     """What the coordinator says of a deployment; 0 leaves a number to the engine.
 
-    `former_engines` are those of earlier revisions that it knows, `is_removed` says that all of its engines are to end.
+    `former_engines` are those of earlier revisions that it knows, `is_removed` says that all of its engines are to end. Where a
+    `provider` runs the model, such as "openai", `remote_options` say how to talk to it: caravan.engine.v1.RemoteOptions as JSON.
     """
 
     name: str
@@ -26,11 +27,18 @@ class Wanted:
     revision: str
     replicas: int = 1
     is_scripted: bool = False
+    provider: str = ""
+    remote_options: str = ""
     is_removed: bool = False
     former_engines: int = 0
     context_tokens: int = 0
     max_sequences: int = 0
     threads: int = 0
+
+    @property
+    def computes(self) -> bool:
+        """Whether its engines run the model on this machine's cores."""
+        return not self.is_scripted and not self.provider
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,11 @@ def engine_threads(
     llama.cpp's threads wait for each other at barriers, so engines that share cores slow each other by much more than their
     share: several engines split the cores. Its own number counts first, then `asked`.
     """
-    if wanted.is_scripted:
+    if not wanted.computes:
         return None
     if wanted.threads or asked is not None:
         return wanted.threads or asked
-    real = sum(each.replicas for each in everything if not each.is_scripted)
+    real = sum(each.replicas for each in everything if each.computes)
     return None if real <= 1 else max(1, cores // real)
 
 

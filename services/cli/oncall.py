@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from services.cli import engines, requests, status
+from services.cli import costs, engines, requests, status
 from services.cli.coordinator_client import FAILED, CommandError, Where
 from services.runtime.clock import SystemClock
 
@@ -30,6 +30,7 @@ def _command(options: argparse.Namespace, where: Where) -> Coroutine[Any, Any, i
         "cancel": lambda: _cancel(options, where),
         "engines": lambda: engines.list_engines(where, out, as_json=options.as_json),
         "drain": lambda: engines.drain(where, _draining(options), out, SystemClock()),
+        "costs": lambda: costs.list_costs(where, out, as_json=options.as_json),
         "undrain": lambda: engines.undrain(where, options.engine, out),
     }
     return commands[options.command]()

@@ -10,8 +10,10 @@ from typing import Final, TypeAlias
 GRACE_MAX_S: Final = 3_600.0
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|min|h)", re.ASCII)
 _SECONDS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3_600.0}
-_CODES: Final = """\
+_STATE_DIR: Final = Path(".state")
+CODES: Final = """\
 exit:   0 done, 1 it could not be done (the reason is on stderr), 2 wrong use."""
+"""The end of their help."""
 _STATUS: Final = """\
 Shows models, engines, requests and the cache, redrawn each second until Ctrl-C.
 With --once or --json, or where the output is no terminal, it prints once and ends."""
@@ -26,12 +28,12 @@ def add(commands: Commands) -> None:
     """Adds the commands."""
     status = _command(commands, "status", "a live view of models, engines and requests", _STATUS)
     status.add_argument("--once", action="store_true", help="print once and end")
-    _add_json(status, "one JSON object, once")
+    add_json(status, "one JSON object, once")
     requests = _command(commands, "requests", "the requests that run and wait, oldest first")
-    _add_json(requests, "a JSON object per line")
+    add_json(requests, "a JSON object per line")
     _add_cancel(commands)
     engines = _command(commands, "engines", "the engines and what they do")
-    _add_json(engines, "a JSON object per line")
+    add_json(engines, "a JSON object per line")
     _add_drain(commands)
     undrain = _command(commands, "undrain", "put a drained engine back into service")
     undrain.add_argument("engine", metavar="ENGINE", help="its id, such as engine-0")
@@ -67,32 +69,33 @@ def _command(
         name,
         help=help_text,
         description=description or f"{help_text[0].upper()}{help_text[1:]}.",
-        epilog=_CODES,
+        epilog=CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_coordinator(command)
     return command
 
 
-def add_coordinator(command: argparse.ArgumentParser) -> None:
-    """The options that tell where the coordinator is."""
+def add_coordinator(command: argparse.ArgumentParser, *, inherits: bool = False) -> None:
+    """The options that tell where the coordinator is. `inherits`: what was told before the action of the command stays."""
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--address",
-        default=None,
+        default=argparse.SUPPRESS if inherits else None,
         metavar="HOST:PORT",
         help="coordinator (default: the one of DIR)",
     )
     where.add_argument(
         "--state-dir",
         type=Path,
-        default=Path(".state"),
+        default=argparse.SUPPRESS if inherits else _STATE_DIR,
         metavar="DIR",
-        help="of the running `caravan up` (default: %(default)s)",
+        help=f"of the running `caravan up` (default: {_STATE_DIR})",
     )
 
 
-def _add_json(command: argparse.ArgumentParser, help_text: str) -> None:
+def add_json(command: argparse.ArgumentParser, help_text: str) -> None:
+    """The option to print JSON."""
     command.add_argument("--json", action="store_true", dest="as_json", help=help_text)
 
 

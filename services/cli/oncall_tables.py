@@ -80,16 +80,22 @@ def _engine_row(engine: pb.Engine) -> tuple[str, ...]:
     load = engine.load
     return (
         printable(engine.engine_id),
-        printable(engine.model.name),
+        _model(engine.model),
         engine_phase(engine),
         str(engine.leases),
         str(load.active_sequences),
         str(load.queued_requests),
         str(load.swapped_sequences),
         f"{load.tokens_per_second:.0f}",
-        str(load.free_cells),
+        "-" if engine.model.provider else str(load.free_cells),
         _last_hit(load),
     )
+
+
+def _model(model: engine_pb.ModelInfo) -> str:
+    """Its name, and who runs it where that is not the engine itself."""
+    name = printable(model.name)
+    return f"{name} ({printable(model.provider)})" if model.provider else name
 
 
 def engine_phase(engine: pb.Engine) -> str:

@@ -70,6 +70,11 @@ class UpOptions:
         return self.state_dir / "deployments.json"
 
     @property
+    def spend(self) -> Path:
+        """Where the coordinator keeps what deployments have cost."""
+        return self.state_dir / "spend.jsonl"
+
+    @property
     def kv_folder(self) -> Path:
         """Where the engines keep KV blocks on disk: the same at each start."""
         return self.state_dir / "kv"
@@ -105,7 +110,11 @@ def make_plan(
     def service(kind: Kind, listens: tuple[int, int], values: Mapping[str, str]) -> ProcessPlan:
         return replace(_service(install, settings, kind, listens, values), niceness=front)
 
-    told = {"DEPLOYMENTS": str(options.deployments_file), "DEPLOYMENTS_STATE": str(options.applied)}
+    told = {
+        "DEPLOYMENTS": str(options.deployments_file),
+        "DEPLOYMENTS_STATE": str(options.applied),
+        "SPEND_STATE": str(options.spend),
+    }
     if options.cache:
         told["CACHE"] = f"127.0.0.1:{ports.cache}"
     processes = [service("coordinator", (ports.coordinator, ports.coordinator_metrics), told)]
@@ -138,8 +147,9 @@ class EnginePlanner:
             "MODEL": f"{wanted.name}={wanted.model}",
             "REVISION": wanted.revision,
             "COORDINATOR": f"127.0.0.1:{self.ports.coordinator}",
-            **_kv_values(self.options, self.settings, self.ports),
         }
+        if not wanted.provider:
+            values |= _kv_values(self.options, self.settings, self.ports)
         numbers = {
             "CONTEXT_TOKENS": wanted.context_tokens,
             "MAX_SEQUENCES": wanted.max_sequences,
@@ -149,7 +159,18 @@ class EnginePlanner:
         planned = _service(
             self.install, self.settings, "engine", (listens.port, listens.metrics), values
         )
-        return replace(planned, name=values["ID"], model=wanted.name)
+        planned = replace(planned, name=values["ID"], model=wanted.name)
+        return _in_front_of(planned, wanted) if wanted.provider else planned
+
+
+def _in_front_of(planned: ProcessPlan, wanted: Wanted) -> ProcessPlan:
+    """The engine that talks to a provider. Variables that hold credentials reach it with the environment of `caravan up`."""
+    told = {
+        "CARAVAN_REMOTE_PROVIDER": wanted.provider,
+        "CARAVAN_REMOTE_OPTIONS": wanted.remote_options,
+    }
+    argv = (*planned.argv[:-1], f"{planned.argv[-1]}.remote")
+    return replace(planned, argv=argv, environment={**planned.environment, **told})
 
 
 def _kv_values(options: UpOptions, settings: UpSettings, ports: Ports) -> dict[str, str]:

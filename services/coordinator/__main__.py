@@ -23,6 +23,8 @@ from services.coordinator.policies import policy_factory
 from services.coordinator.published import PublishedBlocks
 from services.coordinator.servicer import CoordinatorServicer
 from services.coordinator.settings import CoordinatorSettings
+from services.coordinator.spend_keeper import SpendKeeper, open_ledger
+from services.coordinator.spend_ledger import SpendLedger
 from services.coordinator.state import CoordinatorState
 from services.runtime.clock import SystemClock, random_fraction, random_id
 from services.runtime.process import run_process
@@ -43,7 +45,10 @@ async def serve(settings: CoordinatorSettings) -> int:
     clock, limits = SystemClock(), _limits(settings)
     # Engines that another coordinator knew need as long to join.
     learning_until = clock.monotonic() + limits.rejoin_s
-    state = CoordinatorState(limits, new_policy, learning_until)
+    ledger = SpendLedger(clock.wall() - clock.monotonic())
+    spend_state = Path(settings.spend_state) if settings.spend_state else None
+    open_ledger(spend_state, ledger, clock.monotonic())
+    state = CoordinatorState(limits, new_policy, learning_until, ledger)
     kept = load_kept(settings.deployments_state, settings.deployments, clock.wall())
     for deployment, created_at in kept:
         # Nobody has joined yet: there are no effects to carry out.
@@ -64,9 +69,12 @@ async def serve(settings: CoordinatorSettings) -> int:
     deployment_grpc.add_DeploymentServiceServicer_to_server(deployments, server.services)
     stopping = asyncio.Event()
     watching = asyncio.create_task(CacheWatch(settings.cache, published).run())
-    sweeper = asyncio.create_task(_sweep(servicer, settings.interval_s / 2))
-    # It never ends by itself; if a defect ends it, the process must not go on without it.
-    sweeper.add_done_callback(lambda _: stopping.set())
+    keeper = SpendKeeper(spend_state, ledger)
+    keeping = asyncio.create_task(keeper.run(), name="keeper of costs")
+    sweeper = asyncio.create_task(_sweep(servicer, settings.interval_s / 2), name="sweeper")
+    # They never end by themselves; if a defect ends one, the process must not go on without it.
+    for task in (sweeper, keeping):
+        task.add_done_callback(lambda _: stopping.set())
     try:
         start_metrics(settings.metrics_address, registry)
         port = await server.start()
@@ -79,11 +87,13 @@ async def serve(settings: CoordinatorSettings) -> int:
         deployments.drain()
         await server.drain_and_stop()
     finally:
-        failed = sweeper.done()
+        failed = [task for task in (sweeper, keeping) if task.done()]
+        keeper.stop()
+        await asyncio.gather(keeping, return_exceptions=True)
         await cancel_all([sweeper, watching])
         tracing.shutdown()
-    if failed:
-        _LOG.error("the sweeper failed", exc_info=sweeper.exception())
+    for task in failed:
+        _LOG.error("the %s failed", task.get_name(), exc_info=task.exception())
     return 1 if failed else 0
 
 

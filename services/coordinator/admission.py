@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 from services.coordinator import refusals
+from services.coordinator.budgets import Budgets
 from services.coordinator.deployment import Deployment
 from services.coordinator.effects import NOTHING, Effects, Grant, Refusal
 from services.coordinator.engines import EngineRecord, EngineRegistry
@@ -30,11 +31,12 @@ class Admission(Grants):
         limits: Limits,
         engines: EngineRegistry,
         models: ModelCatalogue,
+        budgets: Budgets,
         learning_until: float = -math.inf,
     ) -> None:
         """`learning_until`: see Placement."""
         super().__init__(limits, engines, models)
-        self._placement = Placement(models, limits, learning_until)
+        self._placement = Placement(models, limits, budgets, self._of_tenant, learning_until)
         self._learning_until = learning_until
 
     # --- coming and going ----------------------------------------------------------------------------------------
@@ -42,28 +44,50 @@ class Admission(Grants):
     def route(self, want: Want) -> Grant | None:
         """Grants a lease; None where the request waits for one. O(log) of engines and requests.
 
-        Raises CaravanError: DUPLICATE_REQUEST, MODEL_NOT_FOUND, NO_ENGINE, MODEL_LOADING, CAPACITY_EXHAUSTED.
+        Raises CaravanError: DUPLICATE_REQUEST, MODEL_NOT_FOUND, NO_ENGINE, MODEL_LOADING, CAPACITY_EXHAUSTED, BUDGET_EXCEEDED.
         """
         self._check_new(want)
+        return self._place(want, want.arrived_at)
+
+    def _place(self, want: Want, now: float) -> Grant | None:
         first = self._models.find(want.model)
         if first is None and self._placement.may_expect(want):
             first = self._models.expect(want.model, want.arrived_at)
         if first is None:
             raise refusals.unknown_model(want.model)
-        taker = self._placement.taker(want, first)
+        taker = self._placement.taker(want, first, now)
         if taker is None:
-            failed = want.failed.get(first.name)
-            raise refusals.refusal(first) if failed is None else refusals.failed(first, failed)
+            raise self._placement.refusal(want, first, now)
         model = first
         if taker != first.name:
             model, want = self._named(taker), dataclasses.replace(want, model=taker)
         if model.can_grant(want.avoid):
-            model.queue.begin(
-                want.request_id, want.arrived_at, priority=want.priority, tenant=want.tenant
-            )
-            return self._grant(model, want, want.arrived_at)
+            model.queue.begin(want.request_id, now, priority=want.priority, tenant=want.tenant)
+            return self._grant(model, want, now)
         self._wait(model, want)
         return None
+
+    def place_again(self, name: str, tenant: str | None, now: float) -> Effects:
+        """Places those that wait for a model anew, of one tenant or all: its budget is spent. O(requests that wait).
+
+        What runs already and waits to go on stays.
+        """
+        effects = NOTHING
+        for want in self.waiting:
+            if want.model == name and tenant in {None, want.tenant} and not want.resumed:
+                self._leave_queue(want, now)
+                try:
+                    granted = self._place(want, now)
+                except CaravanError as error:
+                    effects += Effects(refusals=(Refusal(want.request_id, error),))
+                else:
+                    effects += Effects(grants=(granted,) if granted else ())
+        return effects
+
+    def _of_tenant(self, name: str, tenant: str) -> int:
+        """Requests of a tenant that run on a model or wait for it. O(requests of the tenant)."""
+        held = sum(lease.model == name for lease in self.leases.of_tenant(tenant))
+        return held + sum(want.model == name for want in self.waiting.of_tenant(tenant))
 
     def _check_new(self, want: Want) -> None:
         request_id = want.request_id
@@ -229,6 +253,11 @@ class Admission(Grants):
         return self._refuse(
             [want for want in wants if want.has_begun or not only_begun], error, now
         )
+
+    def throttle(self, model: ModelRecord, now: float, *, is_throttled: bool) -> Effects:
+        """Halves the places of a model, or gives them back to those that wait."""
+        model.throttle(is_throttled=is_throttled)
+        return Effects(grants=self._start(model, now))
 
     def hold_back(self, engine: EngineRecord, held_back: bool, now: float) -> Effects:
         """Keeps an engine out of service, or puts it back: held back it gets no new leases and counts as not ready."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import deployment_pb2 as deployment_pb
 from caravan.core.v1 import scheduling_pb2
@@ -12,6 +14,7 @@ from services.coordinator.leases import Ended, Lease
 from services.coordinator.tasks import Priority
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
+from services.runtime.limit_counters import KEY_BYTES_MAX
 from services.runtime.settings import peer_address
 
 ID_BYTES_MAX = 128
@@ -24,6 +27,9 @@ AVOID_MAX = 16
 """Most engines that a request avoids, and most deployments that have failed it."""
 KEY_BYTES = 32
 REPORTED_REQUESTS_MAX = 1_024
+REPORTED_TENANTS_MAX = 1_024
+REPORTED_LIMITS_MAX = 64
+"""Most counters of limits in one report: two epochs of each limit."""
 GRACE_S = 30.0
 """Time for a drained engine's requests to finish where it is not told."""
 GRACE_MAX_S = 3_600.0
@@ -41,6 +47,7 @@ _REASONS: dict[int, FallbackReason] = {
     deployment_pb.FALLBACK_REASON_UNAVAILABLE: FallbackReason.UNAVAILABLE,
     deployment_pb.FALLBACK_REASON_RATE_LIMITED: FallbackReason.RATE_LIMITED,
     deployment_pb.FALLBACK_REASON_CIRCUIT_OPEN: FallbackReason.CIRCUIT_OPEN,
+    deployment_pb.FALLBACK_REASON_BUDGET: FallbackReason.BUDGET,
 }
 ENDED: dict[int, Ended] = {pb.OUTCOME_FINISHED: Ended.WELL, pb.OUTCOME_FAILED: Ended.BADLY}
 """What the outcome of a request says of its engine; others say nothing."""
@@ -203,12 +210,44 @@ def checked_report(request: pb.JoinEngineRequest) -> pb.EngineReport:
         _bound_model(report.model)
     if len(report.requests) > REPORTED_REQUESTS_MAX:
         raise _invalid("report.requests", f"More than {REPORTED_REQUESTS_MAX} requests are told.")
+    if len(report.spend) > REPORTED_TENANTS_MAX:
+        raise _invalid("report.spend", f"More than {REPORTED_TENANTS_MAX} tenants are told.")
+    _check_limits(report.limits)
+    for counter in report.spend:
+        checked_optional_id("report.spend.tenant", counter.tenant)
     _bound_load(report.load)
     return report
 
 
+def _check_limits(counters: Sequence[pb.LimitCounter]) -> None:
+    if len(counters) > REPORTED_LIMITS_MAX:
+        raise _invalid("report.limits", f"More than {REPORTED_LIMITS_MAX} counters are told.")
+    for counter in counters:
+        checked_limit_key("report.limits.key", counter.key)
+
+
+def checked_limit_key(param: str, value: str) -> str:
+    """The name of a limit, 1 to 256 bytes. Raises CaravanError: MISSING_FIELD, INVALID_VALUE."""
+    if not value:
+        raise CaravanError("MISSING_FIELD", f"'{param}' is missing.", param=param)
+    if len(value.encode()) > KEY_BYTES_MAX:
+        raise _invalid(param, f"'{param}' is longer than {KEY_BYTES_MAX} bytes.")
+    return value
+
+
+def checked_throttled(request: pb.SettleLimitRequest) -> float | None:
+    """The time that a provider has named, in seconds; None where it has not throttled. Raises CaravanError: INVALID_VALUE."""
+    if not request.HasField("throttled"):
+        return None
+    throttled_s = request.throttled.ToNanoseconds() / 1e9
+    if throttled_s < 0:
+        raise _invalid("throttled", "'throttled' is negative.")
+    return throttled_s
+
+
 def _bound_model(model: engine_pb.ModelInfo) -> None:
     model.description = _cut(model.description)
+    model.provider = _cut(model.provider)
 
 
 def _bound_load(load: engine_pb.EngineLoad) -> None:

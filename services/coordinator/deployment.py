@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from services.coordinator.remote import Remote
 from services.coordinator.tasks import Priority
+from services.runtime.remote_options import PROVIDERS
 
 
 class Runtime(Enum):
@@ -14,6 +16,16 @@ class Runtime(Enum):
 
     LLAMA_CPP = "llama_cpp"
     SCRIPTED = "scripted"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+    GEMINI = "gemini"
+    LITELLM = "litellm"
+    OPENAI_COMPATIBLE = "openai_compatible"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a provider runs it, and an engine only stands in front."""
+        return self.value in PROVIDERS
 
 
 class CapacityPolicy(Enum):
@@ -31,6 +43,7 @@ class FallbackReason(Enum):
     UNAVAILABLE = "unavailable"
     RATE_LIMITED = "rate_limited"
     CIRCUIT_OPEN = "circuit_open"
+    BUDGET = "budget"
 
 
 ALL_REASONS: Final = frozenset(FallbackReason)
@@ -67,9 +80,32 @@ class Fallback:
     reasons: frozenset[FallbackReason] = ALL_REASONS
 
 
+class OnExceeded(Enum):
+    """What becomes of requests when a budget is spent (S1.23)."""
+
+    REJECT = "reject"
+    WARN = "warn"
+    THROTTLE = "throttle"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a deployment may cost in US dollars, over the hour and the day that end now; 0: no limit."""
+
+    usd_per_hour: float = 0.0
+    usd_per_day: float = 0.0
+    tenant_usd_per_hour: float = 0.0
+    tenant_usd_per_day: float = 0.0
+    on_exceeded: OnExceeded = OnExceeded.REJECT
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One deployment, valid by itself. `model` is a path on the machines of its engines; `replicas` are engines, 0 to 64."""
+    """One deployment, valid by itself.
+
+    `model` is a path on the machines of its engines, or what a provider calls the model; `replicas` are engines, 0 to 64.
+    `remote` is only for runtimes of providers; without one it is None.
+    """
 
     name: str
     model: str
@@ -80,3 +116,5 @@ class Deployment:
     priority: Priority = Priority.NORMAL
     fallback: tuple[Fallback, ...] = ()
     idempotent: bool = True
+    remote: Remote | None = None
+    budget: Budget = field(default_factory=Budget)

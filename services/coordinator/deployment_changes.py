@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final
 
-from services.coordinator.deployment import Deployment, EngineOptions, Serving
+from services.coordinator.deployment import Budget, Deployment, EngineOptions, Serving
+from services.coordinator.remote import Remote, changed_fields
 
 _REVISION_DIGITS: Final = 16
 
@@ -34,7 +35,7 @@ class Change:
 
 
 def revision(deployment: Deployment) -> str:
-    """16 hexadecimal digits over all that an engine is started with."""
+    """16 hexadecimal digits over all that an engine is started with, so not over what is only the coordinator's to keep to."""
     options = deployment.engine
     what = [
         deployment.model,
@@ -43,6 +44,8 @@ def revision(deployment: Deployment) -> str:
         options.max_sequences,
         options.threads,
     ]
+    if deployment.remote is not None:
+        what.append(deployment.remote.to_json())
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:_REVISION_DIGITS]
 
 
@@ -72,7 +75,9 @@ def _changed_fields(before: object, after: object, prefix: str = "") -> Iterable
     # The fields of a dataclass have no common type; both sides are of the same class.
     for field in fields(after):  # type: ignore[arg-type]
         old, new = getattr(before, field.name), getattr(after, field.name)
-        if isinstance(new, EngineOptions | Serving):
+        if isinstance(new, EngineOptions | Serving | Budget):
             yield from _changed_fields(old, new, f"{field.name}.")
+        elif isinstance(old, Remote) and isinstance(new, Remote):
+            yield from (f"{field.name}.{path}" for path in changed_fields(old, new))
         elif old != new:
             yield prefix + field.name.removesuffix("_s")

@@ -12,56 +12,41 @@ from caravan.core.v1 import scheduling_pb2
 from services.coordinator.checks import PRIORITIES
 from services.coordinator.deployment import (
     ALL_REASONS,
+    Budget,
     CapacityPolicy,
     Deployment,
     EngineOptions,
     Fallback,
     FallbackReason,
+    OnExceeded,
     Runtime,
     Serving,
 )
 from services.coordinator.deployment_changes import Change, ChangeKind
-from services.coordinator.deployment_rules import DEPLOYMENTS_MAX, Mistake, infer_runtime
+from services.coordinator.deployment_rules import DEPLOYMENTS_MAX, Mistake
 from services.coordinator.deployment_status import State
 from services.coordinator.deployments import KeptDeployment
 from services.coordinator.messages import to_duration, to_timestamp
+from services.coordinator.remote import Remote
+from services.coordinator.runtime_inference import infer_runtime
 from services.coordinator.tasks import Priority
 
 _Value = TypeVar("_Value")
 
-_RUNTIMES: Final[Mapping[int, Runtime]] = {
-    pb.RUNTIME_LLAMA_CPP: Runtime.LLAMA_CPP,
-    pb.RUNTIME_SCRIPTED: Runtime.SCRIPTED,
+_TOLD_RUNTIMES: Final[Mapping[Runtime, pb.Runtime.ValueType]] = {
+    value: pb.Runtime.Value(f"RUNTIME_{value.name}") for value in Runtime
 }
-_POLICIES: Final[Mapping[int, CapacityPolicy]] = {
-    pb.CAPACITY_POLICY_UNSPECIFIED: CapacityPolicy.QUEUE,
-    pb.CAPACITY_POLICY_QUEUE: CapacityPolicy.QUEUE,
-    pb.CAPACITY_POLICY_REJECT: CapacityPolicy.REJECT,
-    pb.CAPACITY_POLICY_FALLBACK: CapacityPolicy.FALLBACK,
+_TOLD_POLICIES: Final[Mapping[CapacityPolicy, pb.CapacityPolicy.ValueType]] = {
+    value: pb.CapacityPolicy.Value(f"CAPACITY_POLICY_{value.name}") for value in CapacityPolicy
 }
-_REASONS: Final[Mapping[int, FallbackReason]] = {
-    pb.FALLBACK_REASON_CAPACITY: FallbackReason.CAPACITY,
-    pb.FALLBACK_REASON_UNAVAILABLE: FallbackReason.UNAVAILABLE,
-    pb.FALLBACK_REASON_RATE_LIMITED: FallbackReason.RATE_LIMITED,
-    pb.FALLBACK_REASON_CIRCUIT_OPEN: FallbackReason.CIRCUIT_OPEN,
+_TOLD_REASONS: Final[Mapping[FallbackReason, pb.FallbackReason.ValueType]] = {
+    value: pb.FallbackReason.Value(f"FALLBACK_REASON_{value.name}") for value in FallbackReason
+}
+_TOLD_ON_EXCEEDED: Final[Mapping[OnExceeded, pb.OnExceeded.ValueType]] = {
+    value: pb.OnExceeded.Value(f"ON_EXCEEDED_{value.name}") for value in OnExceeded
 }
 _TOLD_PRIORITIES: Final[Mapping[Priority, scheduling_pb2.Priority.ValueType]] = {
     value: scheduling_pb2.Priority.Value(f"PRIORITY_{value.name}") for value in Priority
-}
-_TOLD_RUNTIMES: Final[Mapping[Runtime, pb.Runtime.ValueType]] = {
-    Runtime.LLAMA_CPP: pb.RUNTIME_LLAMA_CPP,
-    Runtime.SCRIPTED: pb.RUNTIME_SCRIPTED,
-}
-_TOLD_POLICIES: Final[Mapping[CapacityPolicy, pb.CapacityPolicy.ValueType]] = {
-    CapacityPolicy.QUEUE: pb.CAPACITY_POLICY_QUEUE,
-    CapacityPolicy.REJECT: pb.CAPACITY_POLICY_REJECT,
-    CapacityPolicy.FALLBACK: pb.CAPACITY_POLICY_FALLBACK,
-}
-_TOLD_REASONS: Final[Mapping[FallbackReason, pb.FallbackReason.ValueType]] = {
-    FallbackReason.CAPACITY: pb.FALLBACK_REASON_CAPACITY,
-    FallbackReason.UNAVAILABLE: pb.FALLBACK_REASON_UNAVAILABLE,
-    FallbackReason.RATE_LIMITED: pb.FALLBACK_REASON_RATE_LIMITED,
-    FallbackReason.CIRCUIT_OPEN: pb.FALLBACK_REASON_CIRCUIT_OPEN,
 }
 _TOLD_STATES: Final[Mapping[State, pb.DeploymentState.ValueType]] = {
     State.PENDING: pb.DEPLOYMENT_STATE_PENDING,
@@ -74,6 +59,18 @@ _TOLD_KINDS: Final[Mapping[ChangeKind, service_pb.ChangeKind.ValueType]] = {
     ChangeKind.CHANGED: service_pb.CHANGE_KIND_CHANGED,
     ChangeKind.UNCHANGED: service_pb.CHANGE_KIND_UNCHANGED,
     ChangeKind.REMOVED: service_pb.CHANGE_KIND_REMOVED,
+}
+_RUNTIMES: Final[Mapping[int, Runtime]] = {told: value for value, told in _TOLD_RUNTIMES.items()}
+_REASONS: Final[Mapping[int, FallbackReason]] = {
+    told: value for value, told in _TOLD_REASONS.items()
+}
+_POLICIES: Final[Mapping[int, CapacityPolicy]] = {
+    pb.CAPACITY_POLICY_UNSPECIFIED: CapacityPolicy.QUEUE,
+    **{told: value for value, told in _TOLD_POLICIES.items()},
+}
+_ON_EXCEEDED: Final[Mapping[int, OnExceeded]] = {
+    pb.ON_EXCEEDED_UNSPECIFIED: OnExceeded.REJECT,
+    **{told: value for value, told in _TOLD_ON_EXCEEDED.items()},
 }
 
 
@@ -94,11 +91,12 @@ def _from_message(told: pb.Deployment, path: str, mistakes: list[Mistake]) -> De
             mistakes.append(Mistake(f"{path}.{field}", f"{number} is not one of the known ones"))
         return values.get(number, otherwise)
 
-    serving = told.serving
+    serving, budget = told.serving, told.budget
+    inferred = infer_runtime(told.model)
     return Deployment(
         name=told.name,
         model=told.model,
-        runtime=_runtime(told, path, mistakes),
+        runtime=(known(_RUNTIMES, told.runtime, "runtime", inferred) if told.runtime else inferred),
         replicas=told.replicas if told.HasField("replicas") else 1,
         engine=EngineOptions(
             told.engine.context_tokens, told.engine.max_sequences, told.engine.threads
@@ -122,20 +120,15 @@ def _from_message(told: pb.Deployment, path: str, mistakes: list[Mistake]) -> De
             for place, fallback in enumerate(told.fallback)
         ),
         idempotent=told.idempotent if told.HasField("idempotent") else True,
+        remote=Remote.of(told.remote) if told.HasField("remote") else None,
+        budget=Budget(
+            budget.usd_per_hour,
+            budget.usd_per_day,
+            budget.tenant_usd_per_hour,
+            budget.tenant_usd_per_day,
+            known(_ON_EXCEEDED, budget.on_exceeded, "budget.on_exceeded", OnExceeded.REJECT),
+        ),
     )
-
-
-def _runtime(told: pb.Deployment, path: str, mistakes: list[Mistake]) -> Runtime:
-    explicit = _RUNTIMES.get(told.runtime)
-    if explicit is not None:
-        return explicit
-    if told.runtime != pb.RUNTIME_UNSPECIFIED:
-        mistakes.append(Mistake(f"{path}.runtime", f"{told.runtime} is not one of the known ones"))
-    try:
-        return infer_runtime(told.model)
-    except ValueError as error:
-        mistakes.append(Mistake(f"{path}.model", str(error)))
-        return Runtime.LLAMA_CPP
 
 
 def _fallback(told: pb.Fallback, path: str, mistakes: list[Mistake]) -> Fallback:
@@ -152,7 +145,7 @@ def _fallback(told: pb.Fallback, path: str, mistakes: list[Mistake]) -> Fallback
 
 
 def to_message(deployment: Deployment) -> pb.Deployment:
-    """A deployment with every default said."""
+    """A deployment with every default said, but those of remote options, which are the engine's."""
     options, serving = deployment.engine, deployment.serving
     limits = pb.Serving(
         max_concurrent=serving.max_concurrent,
@@ -181,6 +174,21 @@ def to_message(deployment: Deployment) -> pb.Deployment:
             for fallback in deployment.fallback
         ],
         idempotent=deployment.idempotent,
+        remote=None if deployment.remote is None else deployment.remote.to_message(),
+        budget=to_budget(deployment.budget),
+    )
+
+
+def to_budget(budget: Budget) -> pb.Budget | None:
+    """A budget; None for one without any limit."""
+    if budget == Budget():
+        return None
+    return pb.Budget(
+        usd_per_hour=budget.usd_per_hour,
+        usd_per_day=budget.usd_per_day,
+        tenant_usd_per_hour=budget.tenant_usd_per_hour,
+        tenant_usd_per_day=budget.tenant_usd_per_day,
+        on_exceeded=_TOLD_ON_EXCEEDED[budget.on_exceeded],
     )
 
 

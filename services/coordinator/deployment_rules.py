@@ -1,4 +1,4 @@
-"""What is wrong with a set of deployments: all of it, each with where it is (S1.19, S1.20). Pure."""
+"""What is wrong with a set of deployments: all of it, each with where it is (S1.19). Pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from services.coordinator.deployment import (
     FallbackReason,
     Runtime,
 )
+from services.coordinator.remote_rules import of_provider
+from services.coordinator.runtime_inference import SCRIPTED
 
 DEPLOYMENTS_MAX: Final = 256
 REPLICAS_MAX: Final = 64
@@ -25,15 +27,8 @@ CONCURRENT_MAX: Final = 1_000_000
 QUEUED_MAX: Final = 100_000
 WAIT_S_MAX: Final = 3_600.0
 
-SCRIPTED: Final = "scripted:"
 _NAME: Final = re.compile(r"[A-Za-z0-9._/:-]{1,128}", re.ASCII)
 _TEXT_BYTES_MAX: Final = 4_096
-_PROVIDERS: Final = {
-    "openai": ("gpt-4", "gpt-3.5", "o1-", "o3-", "chatgpt-"),
-    "anthropic": ("claude-", "anthropic/"),
-    "gemini": ("gemini-", "google/gemini"),
-    "litellm": ("litellm/",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +37,6 @@ class Mistake:
 
     field: str
     message: str
-
-
-def infer_runtime(model: str) -> Runtime:
-    """What runs a model where nothing says so. Raises ValueError for the names of managed providers (S1.20)."""
-    if model.startswith(SCRIPTED):
-        return Runtime.SCRIPTED
-    name = model.lower()
-    if not name.endswith(".gguf"):
-        for provider, prefixes in _PROVIDERS.items():
-            if name.startswith(prefixes) or (provider == "litellm" and "via-litellm" in name):
-                raise ValueError(
-                    f"'{model}' is a model of {provider}, and remote runtimes are not there yet"
-                )
-    return Runtime.LLAMA_CPP
 
 
 def find_mistakes(
@@ -67,7 +48,7 @@ def find_mistakes(
         path = f"deployments[{index}]"
         found += (
             Mistake(f"{path}.{field}", message)
-            for part in (_of_name_and_model, _of_engines, _of_serving)
+            for part in (_of_name_and_model, _of_engines, _of_serving, of_provider)
             for field, message in part(deployment)
         )
     found += _of_fallbacks(deployments, others)

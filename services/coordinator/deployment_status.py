@@ -39,7 +39,7 @@ def describe(
     hopeful = any(member.standing is Standing.LOADING for member in current)
     why = f": {failures[0]}" if failures else ""
     if failures and not ready and not hopeful:
-        note = f"no engine can load the model{why}"
+        note = f"no engine can serve the model{why}"
         if former_ready:
             note += "; the former revision serves"
         return Status(State.FAILED, 0, len(former), note)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeAlias
 
+from services.coordinator.deployment import OnExceeded
 from services.coordinator.leases import Lease
 from services.runtime.errors import CaravanError
 
@@ -59,7 +60,14 @@ class UndrainEngine:
     session: int
 
 
-EngineCommand: TypeAlias = CancelRequest | DrainEngine | UndrainEngine
+@dataclass(frozen=True, slots=True)
+class TellLimits:
+    """Tell the engine of `session` what others have used of limits that it shares: as it is when it is sent."""
+
+    session: int
+
+
+EngineCommand: TypeAlias = CancelRequest | DrainEngine | UndrainEngine | TellLimits
 """What is sent to an engine."""
 
 
@@ -70,6 +78,17 @@ class EndSession:
     session: int
     peer_id: str
     why: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetCrossing:
+    """The budget of a deployment is spent, or not any more; of one tenant where that is given. `limit` is its field."""
+
+    deployment: str
+    tenant: str | None
+    limit: str
+    policy: OnExceeded
+    is_over: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +108,13 @@ class Effects:
     drains: tuple[DrainEngine, ...] = ()
     undrains: tuple[UndrainEngine, ...] = ()
     adopted: tuple[Lease, ...] = ()
+    crossings: tuple[BudgetCrossing, ...] = ()
+    tellings: tuple[TellLimits, ...] = ()
 
     @property
     def commands(self) -> tuple[EngineCommand, ...]:
         """All that is to be sent to engines."""
-        return self.cancels + self.drains + self.undrains
+        return self.cancels + self.drains + self.undrains + self.tellings
 
     def __add__(self, other: Effects) -> Effects:
         return Effects(
@@ -106,6 +127,8 @@ class Effects:
             self.drains + other.drains,
             self.undrains + other.undrains,
             self.adopted + other.adopted,
+            self.crossings + other.crossings,
+            self.tellings + other.tellings,
         )
 
 

@@ -8,7 +8,7 @@ import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 
-from services.coordinator import checks, messages
+from services.coordinator import checks, cost_messages, messages
 from services.coordinator.refusals import unknown_model
 from services.coordinator.state import CoordinatorState
 from services.runtime.clock import Clock
@@ -61,6 +61,15 @@ class CoordinatorLists(pb_grpc.CoordinatorServiceServicer):
     ) -> pb.ListModelsResponse:
         models = [messages.to_model(model) for model in self._state.models]
         return pb.ListModelsResponse(models=models)
+
+    async def GetCosts(
+        self,
+        request: pb.GetCostsRequest,
+        context: grpc.aio.ServicerContext[pb.GetCostsRequest, pb.GetCostsResponse],
+    ) -> pb.GetCostsResponse:
+        costs, deployments = self._state.costs, self._state.deployments.current()
+        now = self._clock.monotonic()
+        return cost_messages.to_costs(costs.ledger, costs.budgets, deployments, now)
 
     async def DescribeQueue(
         self,

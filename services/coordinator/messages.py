@@ -8,7 +8,7 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from google.protobuf import timestamp_pb2
 from google.protobuf.duration_pb2 import Duration
 
-from services.coordinator.effects import CancelRequest, DrainEngine, EngineCommand, Grant
+from services.coordinator.effects import CancelRequest, DrainEngine, Grant, UndrainEngine
 from services.coordinator.engines import EngineRecord
 from services.coordinator.leases import Lease
 from services.coordinator.models import ModelRecord
@@ -54,7 +54,7 @@ def to_route(grant: Grant) -> pb.RouteResponse:
     )
 
 
-def to_command(command: EngineCommand) -> pb.JoinEngineResponse:
+def to_command(command: CancelRequest | DrainEngine | UndrainEngine) -> pb.JoinEngineResponse:
     """A command as its engine sees it."""
     if isinstance(command, CancelRequest):
         return pb.JoinEngineResponse(cancel=pb.CancelCommand(request_id=command.request_id))

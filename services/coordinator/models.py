@@ -30,6 +30,7 @@ class ModelRecord:
     are still held on others or beyond a capacity that shrank; so without rules the queue's room is exactly that of the engines.
     `ahead` are the waiting requests that go before all others. One that is
     `is_passing` goes as soon as it has no engines and nobody waits: its deployment was removed, or none of its engines has come.
+    One that `is_throttled` gives half of its places, because its budget is spent.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelRecord:
     engines: dict[str, EngineRecord] = field(default_factory=dict)
     rules: Deployment | None = None
     is_passing: bool = False
+    is_throttled: bool = False
     abandoned_at: float | None = None
     lease_mean_s: float | None = None
     ready_engines: int = 0
@@ -48,9 +50,10 @@ class ModelRecord:
 
     @property
     def limit(self) -> int:
-        """Most leases at a time: what its engines can take, or less by its rules."""
+        """Most leases at a time: what its engines can take, or less by its rules; half of that, but one, where it is throttled."""
         most = 0 if self.rules is None else self.rules.serving.max_concurrent
-        return min(self.slots, most) if most else self.slots
+        limit = min(self.slots, most) if most else self.slots
+        return max(1, limit // 2) if limit and self.is_throttled else limit
 
     def can_grant(self, avoid: frozenset[str]) -> bool:
         """Whether a request that avoids these lives of engines gets a lease now. O(lives that are avoided)."""
@@ -69,6 +72,11 @@ class ModelRecord:
         self.rules = rules
         self.is_passing = rules is None
         self.queue.resize(self.limit, max_queued)
+
+    def throttle(self, *, is_throttled: bool) -> None:
+        """Halves its places, or gives them back."""
+        self.is_throttled = is_throttled
+        self.queue.resize(self.limit)
 
     def settle(self, engine: EngineRecord, held: int) -> None:
         """Takes a change of an engine into the sums, the limit of the queue and the choice."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
+from services.coordinator.budgets import Spent
 from services.coordinator.deployment import FallbackReason
 from services.coordinator.models import ModelRecord
 from services.runtime.errors import CaravanError
@@ -14,6 +15,7 @@ DRAINING_RETRY_S = 1.0
 CAPACITY_RETRY_MIN_S = 1.0
 """Also told while no lease of the model has ended yet, when nothing is known of their duration."""
 CAPACITY_RETRY_MAX_S = 30.0
+BUDGET_RETRY_MIN_S = 1.0
 
 _STARTING = frozenset({engine_pb.ENGINE_PHASE_UNSPECIFIED, engine_pb.ENGINE_PHASE_LOADING})
 
@@ -77,6 +79,19 @@ def failed(model: ModelRecord, reason: FallbackReason) -> CaravanError:
         f"The model '{model.name}' has refused the request ({reason.value}), and none of its fallbacks takes it.",
         retry_after_s=CAPACITY_RETRY_MIN_S if is_busy else NO_ENGINE_RETRY_S,
         model=model.name,
+    )
+
+
+def budget_spent(model: ModelRecord, spent: Spent) -> CaravanError:
+    """The deployment, or the tenant's part of it, has cost what it may; what exactly is not for callers to know."""
+    whose = "budget" if spent.tenant is None else f"part of tenant '{spent.tenant}' of the budget"
+    retry_after_s = max(BUDGET_RETRY_MIN_S, spent.retry_after_s())
+    return CaravanError(
+        "BUDGET_EXCEEDED",
+        f"The {whose} of '{model.name}' is spent ({spent.limit}). Enough of it is free again in {retry_after_s:.0f} s.",
+        retry_after_s=retry_after_s,
+        model=model.name,
+        budget=spent.limit,
     )
 
 

@@ -13,8 +13,8 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from services.coordinator import checks, messages
 from services.coordinator.effects import Grant
 from services.coordinator.leases import Ended
+from services.coordinator.limits_servicer import CoordinatorLimits
 from services.coordinator.metrics import CoordinatorMetrics
-from services.coordinator.sessions import CoordinatorSessions
 from services.coordinator.state import CoordinatorState
 from services.coordinator.waiting import Want
 from services.runtime.clock import Clock, IdSource
@@ -24,7 +24,7 @@ from services.runtime.telemetry import Tracing
 _LOG = logging.getLogger(__name__)
 
 
-class CoordinatorServicer(CoordinatorSessions):
+class CoordinatorServicer(CoordinatorLimits):
     """The coordinator at the edge. All its methods run on one event loop, so the state needs no lock."""
 
     def __init__(
@@ -35,9 +35,8 @@ class CoordinatorServicer(CoordinatorSessions):
         clock: Clock,
         ids: IdSource,
     ) -> None:
-        super().__init__(state, metrics, clock)
+        super().__init__(state, metrics, clock, ids)
         self._tracing = tracing
-        self._ids = ids
 
     async def Route(
         self,

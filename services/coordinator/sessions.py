@@ -14,7 +14,14 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from google.protobuf.duration_pb2 import Duration
 
 from services.coordinator import checks, messages
-from services.coordinator.effects import Effects, Ending, EngineCommand, Grant
+from services.coordinator.effects import (
+    BudgetCrossing,
+    Effects,
+    Ending,
+    EngineCommand,
+    Grant,
+    TellLimits,
+)
 from services.coordinator.limits import SILENT_INTERVALS_MAX
 from services.coordinator.lists import CoordinatorLists
 from services.coordinator.metrics import CoordinatorMetrics
@@ -66,7 +73,15 @@ class CoordinatorSessions(CoordinatorLists):
             model = report.model if report.HasField("model") else None
             now = self._clock.monotonic()
             self.perform(
-                self._state.report_engine(session, model, report.load, now, report.requests)
+                self._state.report_engine(
+                    session,
+                    model,
+                    report.load,
+                    now,
+                    report.requests,
+                    spend=report.spend,
+                    limits=report.limits,
+                )
             )
 
         reader = asyncio.create_task(_read(request_iterator, take, outbox))
@@ -74,10 +89,16 @@ class CoordinatorSessions(CoordinatorLists):
             welcome = pb.EngineWelcome(report_interval=self._interval())
             yield pb.JoinEngineResponse(welcome=welcome)
             async for command in outbox:
-                yield messages.to_command(command)
+                yield self._to_response(command)
         finally:
             self._leave(session, registration.engine_id)
             await cancel_all([reader])
+
+    def _to_response(self, command: EngineCommand) -> pb.JoinEngineResponse:
+        if isinstance(command, TellLimits):
+            counters = self._state.rates.shared.told(command.session)
+            return pb.JoinEngineResponse(limits=pb.LimitsCommand(counters=counters))
+        return messages.to_command(command)
 
     async def JoinGateway(
         self,
@@ -154,6 +175,8 @@ class CoordinatorSessions(CoordinatorLists):
                 ending_box.close(_ending_error(ending.peer_id, ending.why))
         for lease in effects.written_off:
             _LOG.warning("engine %s did not end request %s", lease.engine_id, lease.request_id)
+        for crossing in effects.crossings:
+            _tell_crossing(crossing)
         for grant in effects.grants:
             self._answer(grant.lease.request_id, grant)
         for refusal in effects.refusals:
@@ -196,6 +219,18 @@ async def _read(
         outbox.close(error)  # The handler of the stream raises it.
     else:
         outbox.close()
+
+
+def _tell_crossing(crossing: BudgetCrossing) -> None:
+    whose = crossing.deployment
+    if crossing.tenant is not None:
+        whose = f"{crossing.deployment}, tenant {crossing.tenant!r}"
+    if crossing.is_over:
+        _LOG.warning(
+            "the budget of %s is spent: %s; %s", whose, crossing.limit, crossing.policy.value
+        )
+    else:
+        _LOG.info("the budget of %s is not spent any more: %s", whose, crossing.limit)
 
 
 def _ending_error(peer_id: str, why: Ending) -> CaravanError:

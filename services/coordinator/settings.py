@@ -136,6 +136,11 @@ class CoordinatorSettings(ProcessSettings):
         "",
         "File in which applied deployments are kept; where it exists it is read instead of the one above; empty: memory only",
     )
+    spend_state: str = setting(
+        "CARAVAN_COORDINATOR_SPEND_STATE",
+        "",
+        "File in which what deployments have cost is kept; empty: memory only",
+    )
     rollout_grace_s: float = setting(
         "CARAVAN_COORDINATOR_ROLLOUT_GRACE_S",
         "600",

@@ -36,6 +36,7 @@ from services.coordinator.integrity import check_admission
 from services.coordinator.leases import Ended, Lease
 from services.coordinator.limits import SILENT_INTERVALS_MAX, Limits
 from services.coordinator.models import ModelCatalogue
+from services.coordinator.rate_limits import RateLimits
 from services.coordinator.relearning import Relearning
 from services.coordinator.routing import LeastLoaded, Policy
 from services.coordinator.spend_ledger import SpendLedger
@@ -72,6 +73,7 @@ class CoordinatorState:
         self.costs = Costs(ledger, budgets, self.models, self._admission)
         self.deployments = Deployments(self._admission, self.engines, self._retire)
         self._relearning = Relearning(limits, self.engines, self._admission)
+        self.rates = RateLimits(limits, learning_until)
         self.leases = self._admission.leases
         self.waiting = self._admission.waiting
         self.draining = False
@@ -119,6 +121,7 @@ class CoordinatorState:
         if before is not None and before.incarnation == incarnation:
             record.is_drained = before.is_drained
         effects += self._drain_orders.repeat(record, now)
+        self.rates.joined(record)
         self.models.add_engine(record, wall)
         effects += self._relearning.engine_joined(record, now)
         # First who must not go there and whether it is held back, then whether it gets what waits.
@@ -137,6 +140,7 @@ class CoordinatorState:
         requests: Sequence[engine_pb.InflightRequest] = (),
         *,
         spend: Sequence[pb.SpendCounter] = (),
+        limits: Sequence[pb.LimitCounter] = (),
     ) -> Effects:
         """Takes a report; asks again to end what was cancelled and is still leased, and starts who can run now.
 
@@ -154,6 +158,7 @@ class CoordinatorState:
         self.engines.report(record, model, load, requests, now)
         # First what it has cost: who waits may not start where the budget is spent.
         effects = self.costs.report(record, spend, now)
+        effects += self.rates.report(record, limits, now)
         effects += self._admission.cancels_again(record)
         effects += self.deployments.engine_changed(record, now)
         return effects + self._admission.engine_changed(record, now)
@@ -200,6 +205,7 @@ class CoordinatorState:
         record = self.engines.remove(session)
         if record is None:
             return NOTHING
+        self.rates.left(record, now)
         effects = self._admission.engine_gone(record, now)
         self._relearning.engine_gone(effects.swept, now)
         return effects + self.deployments.engine_gone(record, now)
@@ -261,6 +267,7 @@ class CoordinatorState:
             self.models.expire(now)
             effects += self._relearning.expire(now)
             effects += self.costs.expire(now)
+            self.rates.expire(now)
         return effects + self._admission.expire(now)
 
     def _end_silent(self, then: float, now: float) -> Effects:
@@ -360,6 +367,7 @@ class CoordinatorState:
         """Asserts that every request belongs to live sessions and every bound holds (I4, I6). O(n), for tests."""
         check_admission(self._admission, self.models)
         self.deployments.check_integrity()
+        self.rates.check_integrity()
         for lease in self.leases:
             assert self.engines.find(lease.engine_id) is not None, lease
             assert self.gateways.find(lease.gateway_id) is not None, lease

@@ -50,6 +50,18 @@ class Member(Protocol):
         ...
 
 
+class Shared(Protocol):
+    """What an engine tells the coordinator beside its load, and hears from others through it."""
+
+    def extend(self, report: pb.EngineReport) -> None:
+        """Adds what is told once an interval."""
+        ...
+
+    def merge(self, command: pb.LimitsCommand) -> None:
+        """Learns what others have used of limits."""
+        ...
+
+
 def backoff_s(attempt: int, share: float) -> float:
     """Seconds before attempt `attempt` (from 0): doubling, bounded, between half and whole by `share` in [0, 1)."""
     whole: float = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(attempt, 16))
@@ -59,7 +71,8 @@ def backoff_s(attempt: int, share: float) -> float:
 class Membership:
     """Runs until it is cancelled; the engine serves as well without a coordinator.
 
-    `registration` says who the engine is; model and load are added when it joins.
+    `registration` says who the engine is; model and load are added when it joins. `shared` is there for engines that share
+    limits or spend money.
     """
 
     def __init__(
@@ -68,7 +81,9 @@ class Membership:
         member: Member,
         registration: pb.EngineRegistration,
         jitter: Callable[[], float],
+        shared: Shared | None = None,
     ) -> None:
+        self._shared = shared
         self._stub = stub
         self._member = member
         self._registration = registration
@@ -123,6 +138,8 @@ class Membership:
         elif kind == "undrain":
             _LOG.info("told to take requests again")
             self._member.undrain()
+        elif kind == "limits" and self._shared is not None:
+            self._shared.merge(response.limits)
 
     async def _messages(self) -> AsyncIterator[pb.JoinEngineRequest]:
         self._change.clear()
@@ -146,4 +163,6 @@ class Membership:
             if loop.time() >= due:
                 due = loop.time() + self._interval_s
                 report.requests.extend(self._member.requests(REQUESTS_MOST))
+                if self._shared is not None:
+                    self._shared.extend(report)
             yield pb.JoinEngineRequest(report=report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from caravan.core.v1 import generation_pb2
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -13,6 +13,7 @@ from services.engine.decoder import Decoder
 from services.engine.job import Job
 from services.engine.kv.store import SaveReason, Source
 from services.engine.kv.tiered_store import TieredStore
+from services.engine.request_metrics import RequestMetrics
 from services.engine.scheduler import Scheduler
 
 # From a step of a tiny model to a prefill on a slow machine.
@@ -24,51 +25,25 @@ _HITS = {
     generation_pb2.CACHE_HIT_EXACT: "exact",
     generation_pb2.CACHE_HIT_RESIDENT: "resident",
 }
-_QUEUE_BUCKETS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class EngineMetrics:
-    """The series, in a registry of their own."""
+class EngineMetrics(RequestMetrics):
+    """The series of an engine that runs its model itself."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.queue_seconds = Histogram(
-            "caravan_queue_seconds",
-            "From the arrival of a request to its first prefill.",
-            buckets=_QUEUE_BUCKETS,
-            registry=self.registry,
-        )
+        super().__init__()
         self.decode_step_seconds = Histogram(
             "caravan_decode_step_seconds",
             "Time of one batch: decode, sampling and text.",
             buckets=_STEP_BUCKETS,
             registry=self.registry,
         )
-        self.active_sequences = Gauge(
-            "caravan_engine_active_sequences",
-            "Sequences that prefill or generate.",
-            registry=self.registry,
-        )
-        self.queue_depth = Gauge(
-            "caravan_queue_depth", "Requests that wait for a sequence.", registry=self.registry
-        )
         self.free_cells = Gauge(
             "caravan_engine_free_cells", "KV cells that no sequence holds.", registry=self.registry
-        )
-        self.prompt_tokens = Counter(
-            "caravan_prompt_tokens_total", "Prompt tokens computed.", registry=self.registry
-        )
-        self.generated_tokens = Counter(
-            "caravan_generated_tokens_total", "Tokens generated.", registry=self.registry
         )
         self.requests_resumed = Counter(
             "caravan_engine_requests_resumed_total",
             "Requests that went on with an answer that another engine had begun.",
-            registry=self.registry,
-        )
-        self.requests_moved = Counter(
-            "caravan_engine_requests_moved_total",
-            "Requests that a drain ended, so that other engines go on with them.",
             registry=self.registry,
         )
         self._add_kv()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.engine.news import News
 from services.engine.sampling import TokenLogprobs
 from services.engine.tool_calls import ParsedCall
 from services.runtime.errors import CaravanError
@@ -57,19 +57,13 @@ class Update:
         return bool(self.token_ids or self.text or self.calls)
 
 
-class Outbox:
-    """Lives on the event loop; one writer takes from it.
+class Outbox(News[Update]):
+    """Lives on the event loop; one writer takes from it. What waits is bounded by the tokens that the request may have (I4)."""
 
-    A slow reader gets fewer and larger updates. What waits is bounded by the tokens that the request may have (I4).
-    """
-
-    __slots__ = ("_fresh", "_pending", "_silent", "_waiter")
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self._pending = Update()
-        self._fresh = False
-        self._silent = False
-        self._waiter: asyncio.Future[None] | None = None
+        super().__init__(Update)
 
     def start(self, cached_tokens: int = 0, cache_hit: int = 0) -> None:
         """The request was admitted; so many tokens of its prompt are reused, from where a CacheHit says."""
@@ -109,24 +103,6 @@ class Outbox:
 
     def alive(self, prompt_tokens_done: int) -> None:
         """Called once an interval: where nothing was told since the last time, this is, and so much of the prompt is done."""
-        if self._silent:
+        if self._was_silent():
             self._pending.prompt_tokens_done = prompt_tokens_done
-            self._wake()
-        self._silent = True
-
-    def _wake(self) -> None:
-        self._silent = False
-        self._fresh = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> Update:
-        """Waits for news and takes all of them."""
-        if not self._fresh:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        taken, self._pending, self._fresh = self._pending, Update(), False
-        return taken
+            self._announce()

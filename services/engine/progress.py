@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
-from services.engine.outbox import Outbox
+
+class Stream(Protocol):
+    """What a request tells its reader."""
+
+    def alive(self, prompt_tokens_done: int) -> None:
+        """Called once an interval, whether or not the stream was silent in it."""
+        ...
 
 
 class ProgressTimer:
-    """Runs until it is cancelled. `rounds` counts the decode thread's, `streams` gives each outbox and the prompt tokens that
+    """Runs until it is cancelled. `rounds` counts those of what does the work, `streams` gives each stream and the prompt tokens that
     are done."""
 
     def __init__(
         self,
         interval_s: float,
         rounds: Callable[[], int],
-        streams: Callable[[], Iterable[tuple[Outbox, int]]],
+        streams: Callable[[], Iterable[tuple[Stream, int]]],
     ) -> None:
         self._interval_s = interval_s
         self._rounds = rounds
@@ -39,5 +46,5 @@ class ProgressTimer:
         if rounds == self._seen:
             return
         self._seen = rounds
-        for outbox, prompt_tokens_done in self._streams():
-            outbox.alive(prompt_tokens_done)
+        for stream, prompt_tokens_done in self._streams():
+            stream.alive(prompt_tokens_done)

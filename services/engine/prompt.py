@@ -209,7 +209,7 @@ def _message(message: chat_pb2.ChatMessage, index: int) -> dict[str, Any]:
         raise CaravanError(
             "INVALID_VALUE", "A message needs a role.", param=f"messages[{index}].role"
         )
-    shown: dict[str, Any] = {"role": role, "content": message.content}
+    shown: dict[str, Any] = {"role": role, "content": _content(message, f"messages[{index}]")}
     if message.name:
         shown["name"] = message.name
     if message.tool_call_id:
@@ -224,6 +224,22 @@ def _message(message: chat_pb2.ChatMessage, index: int) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return shown
+
+
+def _content(message: chat_pb2.ChatMessage, at: str) -> str:
+    """The text of a message. Raises UNSUPPORTED_FIELD for an image: llama.cpp gets tokens of text only."""
+    if not message.parts:
+        return message.content
+    if message.content:
+        raise CaravanError(
+            "INVALID_VALUE", "A message has a content or parts, not both.", param=f"{at}.content"
+        )
+    for index, part in enumerate(message.parts):
+        if part.WhichOneof("kind") != "text":
+            raise CaravanError(
+                "UNSUPPORTED_FIELD", "The model takes text only.", param=f"{at}.parts[{index}]"
+            )
+    return "".join(part.text for part in message.parts)
 
 
 def _arguments(text: str) -> Any:

@@ -9,91 +9,17 @@ from pathlib import Path
 from typing import Final
 
 from services.engine.kv.config import RootConfig, parse_roots
-from services.runtime.settings import (
-    ProcessSettings,
-    byte_size,
-    choice,
-    integer,
-    loopback_address,
-    number,
-    peer_address,
-    setting,
-    text,
-)
+from services.engine.member_settings import MemberSettings, NamedModel, named_model, optional_peer
+from services.runtime.settings import byte_size, choice, integer, number, setting
 
 SEQUENCES_MAX: Final = 256
 """llama.cpp's own limit (LLAMA_MAX_SEQ)."""
 
 
 @dataclass(frozen=True)
-class NamedModel:
-    """A model and the name under which it is served."""
-
-    name: str
-    path: str
-
-
-def named_model(value: str) -> NamedModel:
-    """NAME=PATH; the path may be `scripted:?key=value`."""
-    name, separator, path = value.partition("=")
-    if not separator or not name or not path or len(name) > 128:
-        raise ValueError("not NAME=PATH")
-    return NamedModel(name, path)
-
-
-def optional_peer(value: str) -> str:
-    """host:port, or nothing."""
-    return peer_address(value) if value else ""
-
-
-def identifier(value: str) -> str:
-    """1 to 128 bytes."""
-    if len(text(value).encode()) > 128:
-        raise ValueError("longer than 128 bytes")
-    return value
-
-
-def revision(value: str) -> str:
-    """At most 128 bytes, or nothing."""
-    return identifier(value) if value else ""
-
-
-def optional_seconds(value: str) -> float | None:
-    """Seconds, 0 to 3600, or nothing."""
-    return number(0, 3600)(value) if value else None
-
-
-@dataclass(frozen=True)
-class EngineSettings(ProcessSettings):
+class EngineSettings(MemberSettings):
     """All that an engine can be told."""
 
-    address: str = setting(
-        "CARAVAN_ENGINE_ADDRESS",
-        "127.0.0.1:7010",
-        "Where the engine listens, host:port on loopback",
-        loopback_address,
-    )
-    metrics_address: str = setting(
-        "CARAVAN_ENGINE_METRICS_ADDRESS",
-        "127.0.0.1:9110",
-        "Where /metrics is served, host:port on loopback",
-        loopback_address,
-    )
-    coordinator: str = setting(
-        "CARAVAN_ENGINE_COORDINATOR",
-        "",
-        "Address of the coordinator, host:port; empty: the engine stands alone",
-        optional_peer,
-    )
-    engine_id: str = setting(
-        "CARAVAN_ENGINE_ID", "engine-0", "Id of the engine, the same after a restart", identifier
-    )
-    revision: str = setting(
-        "CARAVAN_ENGINE_REVISION",
-        "",
-        "Revision of the deployment for which the engine was started; empty: it was started by hand",
-        revision,
-    )
     model: NamedModel = setting(  # noqa: RUF009 - a field, as all others are
         "CARAVAN_ENGINE_MODEL",
         "demo=models/caravan-demo.gguf",
@@ -157,18 +83,6 @@ class EngineSettings(ProcessSettings):
         "Seconds that a chat template may take",
         number(0.01, 60),
     )
-    progress_s: float = setting(
-        "CARAVAN_ENGINE_PROGRESS_S",
-        "1",
-        "Seconds of silence in a stream after which the engine says that it works; 0: never",
-        number(0, 3600),
-    )
-    drain_finish_s: float | None = setting(
-        "CARAVAN_ENGINE_DRAIN_FINISH_S",
-        "",
-        "Seconds that running requests get to finish after SIGTERM before they move to another engine; empty: half of CARAVAN_DRAIN_GRACE_S",
-        optional_seconds,
-    )
     residents: int = setting(
         "CARAVAN_ENGINE_RESIDENTS",
         "16",
@@ -223,13 +137,6 @@ class EngineSettings(ProcessSettings):
         "Most bytes of blocks that wait to be written; beyond it blocks are not saved",
         byte_size,
     )
-
-    @property
-    def finish_s(self) -> float:
-        """Seconds that running requests get to finish after SIGTERM; the rest of the grace is for moving them."""
-        if self.drain_finish_s is None:
-            return self.drain_grace_s / 2
-        return self.drain_finish_s
 
     @property
     def slots(self) -> int:

@@ -7,21 +7,38 @@ from array import array
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 
+def pieces_of(delta: engine_pb.Delta) -> int:
+    """How many tokens came with a delta, or pieces, where nobody knows the tokens; 0: it holds nothing of the answer."""
+    tokens = len(delta.token_ids)
+    if tokens:
+        return tokens
+    return delta.pieces or int(bool(delta.text or delta.tool_calls or delta.refusal))
+
+
 class Answer:
     """What the engines of a request have sent so far."""
 
     def __init__(self) -> None:
         self._started: engine_pb.Started | None = None
+        """The first start of the deployment that answers."""
         self._started_again = False
+        self._start_shown = False
         self.tokens: array[int] = array("I")
         """Ids of the tokens that the client has been given, from the first."""
+        self.resumable = True
+        """Whether another engine can go on with it: all that the client has of it is known by its tokens."""
         self.finish_key = b""
         """Key of the KV state that the request left; empty until it has finished, or where none is kept."""
 
     @property
     def any_events(self) -> bool:
         """Whether the client has been given anything."""
-        return self._started is not None or bool(self.tokens)
+        return self._start_shown or self.any_output
+
+    @property
+    def any_output(self) -> bool:
+        """Whether the client has been given a part of the answer itself."""
+        return bool(self.tokens) or not self.resumable
 
     def take(self, event: engine_pb.GenerateResponse, kind: str | None) -> bool:
         """Takes the next event of the engine in charge; whether it is for the client. `kind` is the field that it sets.
@@ -30,13 +47,18 @@ class Answer:
         prompt is no gain of the client's, who has waited for it before.
         """
         if kind == "delta":
-            self.tokens.extend(event.delta.token_ids)
+            tokens = event.delta.token_ids
+            if tokens:
+                self.tokens.extend(tokens)
+            elif pieces_of(event.delta):
+                self.resumable = False
             return True
         if kind == "started":
             self._started_again = self._started is not None
-            if not self._started_again:
+            if self._started is None:
                 self._started = event.started
-            return not self._started_again
+            is_first, self._start_shown = not self._start_shown, True
+            return is_first
         if kind == "finished":
             self._finish(event.finished)
             return True
@@ -49,8 +71,13 @@ class Answer:
             del generate.resume.token_ids[:]
             generate.resume.token_ids.extend(self.tokens)
 
+    def fall_back(self) -> None:
+        """Another deployment answers, from the beginning: what the start of the former one told of the prompt is not true of it."""
+        self._started = None
+
     def _finish(self, finished: engine_pb.Finished) -> None:
         self.finish_key = finished.finish_key
-        if self._started is not None and self._started_again:
+        # A start without tokens of the prompt is that of an engine that learns them at the end.
+        if self._started is not None and self._started_again and self._started.prompt_tokens:
             finished.usage.cached_tokens = self._started.cached_tokens
             finished.cache_hit = self._started.cache_hit

@@ -78,7 +78,7 @@ class Asking:
             return
         now = self._clock.monotonic()
         # A lease of this request may live on at a coordinator that has not noticed the end of its session, or missed its release.
-        asked_before = self._troubled_at is not None or self.wanted.resumed
+        asked_before = self._troubled_at is not None or self.wanted.asked_before
         own_ghost = error.reason == "DUPLICATE_REQUEST" and asked_before
         # A coordinator that has just started anew hears of its engines when they have noticed that it is there.
         young = session.succeeds_another and now - session.joined_at < self._patience_s

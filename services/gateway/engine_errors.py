@@ -1,6 +1,6 @@
 """Errors of engines with `param` as the client's API names the field. Pure.
 
-An engine names fields as caravan.engine.v1 does: `messages[0]...`, `prompt`, `tools[0].parameters`, `tool_choice`,
+An engine names fields as caravan.engine.v1 does: `messages[0].parts[1]`, `prompt`, `tools[0].parameters`, `tool_choice`,
 `sampling.temperature`, `stop.max_tokens`.
 """
 
@@ -19,6 +19,8 @@ _OPENAI_CACHE: Final = {
     "cache.session_id": "caravan.session_id",
     "cache.salt": "caravan.cache_salt",
 }
+_PARTS: Final = re.compile(r"(messages\[\d+\])\.parts\b")
+_IMAGE: Final = re.compile(r"(content\[\d+\])\.image\b")
 _TOOL_PARAMETERS: Final = re.compile(r"(tools\[\d+\])\.parameters")
 
 
@@ -35,6 +37,7 @@ def _openai_name(param: str, whole: str) -> str:
         return "response_format"
     if param.startswith("sampling.logit_bias"):
         return "logit_bias"
+    param = _IMAGE.sub(r"\1.image_url", _PARTS.sub(r"\1.content", param))
     param = _TOOL_PARAMETERS.sub(r"\1.function.parameters", param)
     for prefix in ("sampling.", "stop."):
         param = param.removeprefix(prefix)

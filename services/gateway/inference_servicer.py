@@ -187,6 +187,8 @@ def _delta(delta: engine_pb.Delta) -> pb.Delta:
         token_ids=delta.token_ids,
         tool_calls=delta.tool_calls,
         logprobs=delta.logprobs,
+        refusal=delta.refusal,
+        pieces=delta.pieces,
     )
 
 
@@ -196,6 +198,7 @@ def _finished(finished: engine_pb.Finished) -> pb.Finished:
         usage=finished.usage,
         finish_key=finished.finish_key,
         cache_hit=finished.cache_hit,
+        cost_nanousd=finished.cost_nanousd,
     )
 
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
+from caravan.coordinator.v1 import deployment_pb2
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from services.gateway.fallback import REASONS, FallbackReason
 from services.gateway.migration import MOVED
 from services.gateway.requests import Api
 
@@ -68,13 +70,13 @@ class GatewayMetrics:
         )
         self._first_token = Histogram(
             "caravan_time_to_first_token_seconds",
-            "From the arrival of a request to its first tokens.",
+            "From the arrival of a request to its first tokens, or to the first piece of a provider's answer.",
             buckets=_FIRST_TOKEN_S,
             registry=registry,
         )
         self._inter_token = Histogram(
             "caravan_inter_token_seconds",
-            "Time between tokens; tokens that come together share the time since those before.",
+            "Time between tokens, or between pieces of a provider's answer; those that come together share the time since those before.",
             buckets=_INTER_TOKEN_S,
             registry=registry,
         )
@@ -90,18 +92,6 @@ class GatewayMetrics:
         self._joined = Gauge(
             "caravan_gateway_joined",
             "Whether the coordinator knows this gateway: 1 or 0.",
-            registry=registry,
-        )
-        self._migrations = Counter(
-            "caravan_migrations_total",
-            "Moves of requests to another engine, by why the one before was left and what became of it.",
-            ["reason", "result"],
-            registry=registry,
-        )
-        self._migration = Histogram(
-            "caravan_migration_seconds",
-            "From the loss of a request's engine to the first token of the next one.",
-            buckets=_MIGRATION_S,
             registry=registry,
         )
         self._releases_failed = Counter(
@@ -122,12 +112,36 @@ class GatewayMetrics:
             registry=registry,
         )
         self._models: set[str] = set()
-        for reason in MOVED:
-            for result in MigrationResult:
-                self._migrations.labels(reason, result.value)
         for api in Api:
             for outcome in Outcome:
                 self._requests.labels(api.value, outcome.value)
+        self._register_ways_on(registry)
+
+    def _register_ways_on(self, registry: CollectorRegistry) -> None:
+        """The series of requests that go on elsewhere."""
+        self._migrations = Counter(
+            "caravan_migrations_total",
+            "Moves of requests to another engine, by why the one before was left and what became of it.",
+            ["reason", "result"],
+            registry=registry,
+        )
+        self._migration = Histogram(
+            "caravan_migration_seconds",
+            "From the loss of a request's engine to the first token of the next one.",
+            buckets=_MIGRATION_S,
+            registry=registry,
+        )
+        self._fallbacks = Counter(
+            "caravan_fallbacks_total",
+            "Requests whose deployment got no answer of its provider and for which a fallback was asked for, by why.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in MOVED:
+            for result in MigrationResult:
+                self._migrations.labels(reason, result.value)
+        for why in REASONS.values():
+            self._fallbacks.labels(_fallback_label(why))
 
     def count_request(self, api: Api, outcome: Outcome, duration_s: float) -> None:
         """One request that ended."""
@@ -166,6 +180,15 @@ class GatewayMetrics:
         """A request that left its engine got its next tokens."""
         self._migration.observe(seconds)
 
+    def count_fallback(self, reason: FallbackReason) -> None:
+        """A deployment got no answer of its provider, for a reason of fallback.REASONS."""
+        self._fallbacks.labels(_fallback_label(reason)).inc()
+
     def count_failed_release(self) -> None:
         """A lease could not be released now."""
         self._releases_failed.inc()
+
+
+def _fallback_label(reason: FallbackReason) -> str:
+    name = deployment_pb2.FallbackReason.Name(reason)
+    return name.removeprefix("FALLBACK_REASON_").lower()

@@ -25,11 +25,15 @@ AVOIDED_MAX: Final = 16
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """How a lease ended without an answer. `began`: the engine sent an event."""
+    """How a lease ended without an answer.
+
+    `began`: the engine sent an event. `resumable`: another engine can go on with what the client has of the answer.
+    """
 
     reason: str
     incarnation: str
     began: bool
+    resumable: bool = True
 
 
 class Migration:
@@ -57,7 +61,7 @@ class Migration:
 
         `remaining_s` is what is left of the deadline, `fraction` a random number within [0, 1).
         """
-        if loss.reason not in MOVED or self._moves >= self._moves_max:
+        if loss.reason not in MOVED or not loss.resumable or self._moves >= self._moves_max:
             return None
         may_have_begun = loss.began or loss.reason in GONE
         if may_have_begun and not idempotent:

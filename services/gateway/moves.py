@@ -35,11 +35,6 @@ class Moves:
         self._lost_at = 0.0
 
     @property
-    def any(self) -> bool:
-        """Whether the request has left an engine before."""
-        return self._migration.has_moved
-
-    @property
     def under_way(self) -> bool:
         """Whether it has left an engine, and no other has gone on with it yet."""
         return self._loss is not None
@@ -50,15 +45,21 @@ class Moves:
         return self._migration.avoided
 
     def leave(
-        self, error: CaravanError, lease: Lease, began: bool, remaining_s: float | None
+        self,
+        error: CaravanError,
+        lease: Lease,
+        *,
+        began: bool,
+        resumable: bool,
+        remaining_s: float | None,
     ) -> float:
         """Seconds to wait before the next lease is asked for. Raises the error where the request must end.
 
-        `began`: the engine has sent an event. `remaining_s` is what is left of the deadline.
+        `began` and `resumable`: see Loss. `remaining_s` is what is left of the deadline.
         """
         self.end(Outcome.FAILED)
         delay_s = self._migration.after(
-            Loss(error.reason, lease.incarnation, began),
+            Loss(error.reason, lease.incarnation, began, resumable),
             idempotent=lease.idempotent,
             remaining_s=remaining_s,
             fraction=self._fraction(),

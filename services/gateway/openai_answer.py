@@ -18,6 +18,7 @@ _REASONS: Final = {
     generation_pb2.FINISH_REASON_STOP: "stop",
     generation_pb2.FINISH_REASON_LENGTH: "length",
     generation_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
+    generation_pb2.FINISH_REASON_CONTENT_FILTER: "content_filter",
 }
 
 _HITS: Final = {
@@ -77,4 +78,6 @@ def caravan_part(finished: engine_pb.Finished, served: Served, asked_for: str) -
     }
     if served.deployment != asked_for:
         part["deployment"] = served.deployment
+    if finished.cost_nanousd:
+        part["cost_usd"] = finished.cost_nanousd / 1e9
     return part

@@ -7,8 +7,8 @@ from typing import Final
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
+from services.gateway import images, rules
 from services.gateway import openai_schema as schema
-from services.gateway import rules
 from services.gateway.openai_fields import unsupported
 from services.gateway.rules import invalid
 from services.runtime.errors import CaravanError
@@ -46,6 +46,11 @@ def _add_message(given: schema.Message, message: chat_pb2.ChatMessage, at: str) 
     if isinstance(given, schema.AssistantMessage):
         _add_assistant(given, message, at)
         return
+    if isinstance(given, schema.UserMessage):
+        message.role = chat_pb2.ROLE_USER
+        message.name = given.name or ""
+        _add_content(given.content, message, f"{at}.content")
+        return
     message.content = _text(given.content, f"{at}.content")
     if isinstance(given, schema.ToolMessage):
         message.role = chat_pb2.ROLE_TOOL
@@ -53,26 +58,27 @@ def _add_message(given: schema.Message, message: chat_pb2.ChatMessage, at: str) 
             raise invalid(f"{at}.tool_call_id", "it is empty.")
         message.tool_call_id = given.tool_call_id
         return
-    user = isinstance(given, schema.UserMessage)
-    message.role = chat_pb2.ROLE_USER if user else chat_pb2.ROLE_SYSTEM
+    message.role = chat_pb2.ROLE_SYSTEM
     message.name = given.name or ""
 
 
 def _add_assistant(given: schema.AssistantMessage, message: chat_pb2.ChatMessage, at: str) -> None:
     message.role = chat_pb2.ROLE_ASSISTANT
     message.name = given.name or ""
-    for name in ("refusal", "audio", "function_call", "annotations"):
+    for name in ("audio", "function_call", "annotations"):
         if getattr(given, name) not in (None, [], ""):
             raise unsupported(f"{at}.{name}", "Only the text and the tool calls are used.")
     if given.content is None:
-        if not given.tool_calls:
+        if not given.tool_calls and not given.refusal:
             raise CaravanError(
                 "MISSING_FIELD",
                 f"Missing required parameter: '{at}.content'.",
                 param=f"{at}.content",
             )
     else:
-        message.content = _text(given.content, f"{at}.content")
+        message.content = _text(given.content, f"{at}.content", said_by_model=True)
+    # Models have one voice: why they did not answer is what they said.
+    message.content += given.refusal or ""
     for index, call in enumerate(given.tool_calls or []):
         where = f"{at}.tool_calls[{index}]"
         if isinstance(call, schema.CustomToolCall):
@@ -86,16 +92,39 @@ def _add_assistant(given: schema.AssistantMessage, message: chat_pb2.ChatMessage
         message.tool_calls.add(id=call.id, name=call.function.name, arguments_json=arguments)
 
 
-def _text(content: schema.Content, at: str) -> str:
+def _add_content(content: schema.Content, message: chat_pb2.ChatMessage, at: str) -> None:
+    """What the user says: a text, or parts in their order where there is an image among them."""
+    if isinstance(content, str) or not any(isinstance(p, schema.ImagePart) for p in content):
+        message.content = _text(content, at)
+        return
+    images.check_count(len(content), at)
+    for index, part in enumerate(content):
+        where = f"{at}[{index}]"
+        if isinstance(part, schema.TextPart):
+            message.parts.add(text=part.text)
+        elif isinstance(part, schema.ImagePart):
+            image = message.parts.add().image
+            image_url = part.image_url
+            images.add_from_openai(image_url.url, image_url.detail, image, f"{where}.image_url")
+        else:
+            raise unsupported(
+                f"{where}.type", "Users send parts of the types 'text' and 'image_url'."
+            )
+
+
+def _text(content: schema.Content, at: str, *, said_by_model: bool = False) -> str:
     if isinstance(content, str):
         return content
     if not content:
         raise invalid(at, "it is empty.")
     texts = []
     for index, part in enumerate(content):
-        if not isinstance(part, schema.TextPart):
+        if isinstance(part, schema.TextPart):
+            texts.append(part.text)
+        elif isinstance(part, schema.RefusalPart) and said_by_model:
+            texts.append(part.refusal)
+        else:
             raise unsupported(f"{at}[{index}].type", "Only parts of the type 'text' are.")
-        texts.append(part.text)
     return "".join(texts)
 
 

@@ -31,6 +31,7 @@ class PlainAnswer:
         self._show_cache = request.show_cache
         self._head = head
         self._texts: list[str] = []
+        self._refusals: list[str] = []
         self._calls: dict[int, dict[str, Any]] = {}
         self._logprobs: list[generation_pb2.TokenLogprob] = []
 
@@ -38,6 +39,9 @@ class PlainAnswer:
         """Takes the next tokens."""
         if delta.text:
             self._texts.append(delta.text)
+        if delta.refusal:
+            # The form of a completion has no place of its own for it.
+            (self._refusals if self._api is Api.CHAT else self._texts).append(delta.refusal)
         if self._wants_logprobs:
             self._logprobs.extend(delta.logprobs)
         for piece in delta.tool_calls:
@@ -67,8 +71,8 @@ class PlainAnswer:
         text = "".join(self._texts)
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if self._calls and not text else text,
-            "refusal": None,
+            "content": None if (self._calls or self._refusals) and not text else text,
+            "refusal": "".join(self._refusals) or None,
         }
         if self._calls:
             message["tool_calls"] = [

@@ -21,8 +21,17 @@ class TextPart(_Strict, tag_field="type", tag="text"):
     text: str
 
 
-class ImagePart(Struct, tag_field="type", tag="image_url"):
-    """An image; refused."""
+class ImageUrl(_Strict):
+    """Where an image is, or the image itself, and how closely to look at it."""
+
+    url: str
+    detail: str | None = None
+
+
+class ImagePart(_Strict, tag_field="type", tag="image_url"):
+    """An image; the user's only."""
+
+    image_url: ImageUrl
 
 
 class AudioPart(Struct, tag_field="type", tag="input_audio"):
@@ -33,8 +42,10 @@ class FilePart(Struct, tag_field="type", tag="file"):
     """A file; refused."""
 
 
-class RefusalPart(Struct, tag_field="type", tag="refusal"):
-    """A refusal of a model; refused."""
+class RefusalPart(_Strict, tag_field="type", tag="refusal"):
+    """Why a model did not answer; the assistant's only."""
+
+    refusal: str
 
 
 Part = TextPart | ImagePart | AudioPart | FilePart | RefusalPart
@@ -84,12 +95,12 @@ class UserMessage(_Strict, tag_field="role", tag="user"):
 
 
 class AssistantMessage(_Strict, tag_field="role", tag="assistant"):
-    """What the model said. The last four fields are there because clients send answers back as they got them."""
+    """What the model said. The last three fields are there because clients send answers back as they got them."""
 
     content: Content | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
-    refusal: Any = None
+    refusal: str | None = None
     audio: Any = None
     function_call: Any = None
     annotations: Any = None

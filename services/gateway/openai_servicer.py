@@ -209,7 +209,7 @@ def _model(model: coordinator_pb.Model) -> dict[str, Any]:
         "created": model.created.seconds,
         "owned_by": "caravan",
         "caravan": {
-            "context_tokens": model.context_tokens,
+            "context_tokens": model.context_tokens or None,
             "ready_engines": model.ready_engines,
         },
     }

@@ -116,7 +116,7 @@ class _ChatStream:
         self._opened = False
 
     def delta(self, delta: engine_pb.Delta) -> bytes:
-        if self._logprobs or delta.tool_calls:
+        if self._logprobs or delta.tool_calls or delta.refusal:
             shown = self._rich(delta)
         elif delta.text:
             shown = b"%b%b%b" % (self._before_text, _json(delta.text), self._after_text)
@@ -140,6 +140,8 @@ class _ChatStream:
         logprobs = None
         if delta.text:
             content["content"] = delta.text
+        if delta.refusal:
+            content["refusal"] = delta.refusal
         if delta.tool_calls:
             content["tool_calls"] = tool_call_deltas(delta.tool_calls)
         if self._logprobs and delta.logprobs:
@@ -179,12 +181,14 @@ class _CompletionStream:
         self._after_text = b',"index":0,"logprobs":null,"finish_reason":null}]' + self._chunks.tail
 
     def delta(self, delta: engine_pb.Delta) -> bytes:
+        # The form has no place of its own for a refusal.
+        text = delta.text + delta.refusal
         if self._logprobs is not None and delta.logprobs:
             logprobs = self._logprobs.take(delta.logprobs)
-            return self._chunks.choice(self._choice(delta.text, logprobs, None))
-        if not delta.text:
+            return self._chunks.choice(self._choice(text, logprobs, None))
+        if not text:
             return b""
-        return b"%b%b%b" % (self._before_text, _json(delta.text), self._after_text)
+        return b"%b%b%b" % (self._before_text, _json(text), self._after_text)
 
     def finished(self, finished: engine_pb.Finished, served: Served) -> bytes:
         choice = self._choice("", None, finish_reason(finished.reason))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.core.v1.scheduling_pb2 import Scheduling
+
+from services.gateway.fallback import FallbackReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Wanted:
 
     `affinity` are hashes of the prompt at its boundaries, the longest prefix last; requests go to where a prefix was computed.
     `avoided` are lives of engines that lost the request before; `resumed` says that it had a lease already, `may_fall_back`
-    that the client has been given nothing yet, so that another deployment may answer.
+    that the client has been given nothing yet, so that another deployment may answer, but for those that have `failed`, with why.
     """
 
     request_id: str
@@ -41,6 +44,12 @@ class Wanted:
     avoided: tuple[str, ...] = ()
     resumed: bool = False
     may_fall_back: bool = True
+    failed: Mapping[str, FallbackReason] = field(default_factory=dict)
+
+    @property
+    def asked_before(self) -> bool:
+        """Whether the request had a lease already."""
+        return self.resumed or bool(self.failed)
 
     def request(self, gateway_id: str) -> pb.RouteRequest:
         """The call for it. A request that has waited for its turn once waits again for as long as the coordinator lets it."""
@@ -54,6 +63,7 @@ class Wanted:
             avoid_incarnations=self.avoided,
             resumed=self.resumed,
             may_fall_back=self.may_fall_back,
+            failed=[pb.FailedDeployment(name=n, reason=r) for n, r in self.failed.items()],
         )
         if self.scheduling.HasField("max_wait") and not self.resumed:
             request.max_wait.CopyFrom(self.scheduling.max_wait)

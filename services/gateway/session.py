@@ -15,7 +15,7 @@ import grpc
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, pieces_of
 from services.gateway.background import Background
 from services.gateway.engine_calls import (
     EngineCall,
@@ -25,6 +25,7 @@ from services.gateway.engine_calls import (
     read_to_end,
 )
 from services.gateway.engines import EnginePool
+from services.gateway.fallback import Fallbacks
 from services.gateway.leases import Leases
 from services.gateway.metrics import GatewayMetrics, Outcome
 from services.gateway.migration import GONE
@@ -83,14 +84,17 @@ class RequestSession:
         self._deadline = deadline
         self._parts = parts
         self._relay: Relay[engine_pb.GenerateResponse] = Relay()
-        self._arrived = self._last_tokens = parts.clock.monotonic()
-        self._any_tokens = False
+        self._arrived = self._last_piece = parts.clock.monotonic()
+        self._any_pieces = False
         self._answer = Answer()
         self._moves = Moves(parts.moves_max, parts.fraction, parts.clock, parts.metrics, span)
+        self._fallbacks = Fallbacks()
         request.generate.request_id = request_id
+        request.generate.priority = request.scheduling.priority
         if request.api is not Api.PREFILL and not request.generate.sampling.HasField("seed"):
             # Of each engine its own would give the rest of another answer.
             request.generate.sampling.seed = parts.new_seed()
+            request.generate.seed_drawn = True
         self._affinity = prefix_hashes(request.model, request.generate)
         self._task = asyncio.create_task(self._run())
 
@@ -121,7 +125,8 @@ class RequestSession:
         failure: str | None = None
         try:
             outcome = await self._serve()
-        except CaravanError as error:
+        except CaravanError as caught:
+            error = self._told(caught)
             outcome, failure = outcome_of(error), error.reason
             self._relay.end(error)
         except asyncio.CancelledError:
@@ -152,7 +157,7 @@ class RequestSession:
                 if error.reason in GONE:
                     # Also of a connection that is dead without knowing it nobody should make use again.
                     await self._parts.engines.forget(lease.address)
-                delay_s = self._moves.leave(error, lease, self._began, self._remaining_s())
+                delay_s = self._leave(error, lease)
             except asyncio.CancelledError:
                 outcome = Outcome.CANCELLED
                 raise
@@ -164,6 +169,37 @@ class RequestSession:
             # The id of the request is free for the next lease only after the release.
             await asyncio.shield(release)
             await asyncio.sleep(delay_s)
+
+    def _leave(self, error: CaravanError, lease: Lease) -> float:
+        """Seconds to wait before the next lease is asked for. Raises the error where the request must end."""
+        if self._fallbacks.take(
+            error,
+            lease.model,
+            answered=self._answer.any_output,
+            idempotent=lease.idempotent,
+        ):
+            # A move to the deployment that has failed now has come to nothing.
+            self._moves.end(Outcome.FAILED)
+            self._answer.fall_back()
+            self._parts.metrics.count_fallback(self._fallbacks.failed[lease.model])
+            self._span.event(f"{lease.model} failed: {error.reason}")
+            return 0.0
+        return self._moves.leave(
+            error,
+            lease,
+            began=self._began,
+            resumable=self._answer.resumable,
+            remaining_s=self._remaining_s(),
+        )
+
+    def _told(self, error: CaravanError) -> CaravanError:
+        """The error with which the client's call ends, and whose it is."""
+        if self._answer.any_output:
+            return error
+        told = self._fallbacks.told(error)
+        if told is not error:
+            self.deployment = next(iter(self._fallbacks.failed))
+        return told
 
     async def _next_lease(self) -> Lease:
         """Takes a lease, when it is the turn of the request. One that comes after the session has given up is given back."""
@@ -186,17 +222,18 @@ class RequestSession:
         return lease
 
     def _wanted(self) -> Wanted:
-        begun = self._answer.any_events
+        # What the client has been given of an answer is of the model that it moves with; a deployment that failed gave nothing.
+        begun = self._answer.any_events and self._moves.under_way
         return Wanted(
             self.request_id,
-            # What the client has been given of an answer is of that model.
             self.deployment if begun else self._request.model,
             self._request.generate.cache.session_id,
             self._affinity,
             self._request.scheduling,
             avoided=self._moves.avoided,
-            resumed=self._moves.any,
+            resumed=self._moves.under_way,
             may_fall_back=not begun,
+            failed=self._fallbacks.failed,
         )
 
     async def _generate(self, lease: Lease) -> Outcome:
@@ -230,7 +267,7 @@ class RequestSession:
             if not self._answer.take(event, kind):
                 continue
             if kind == "delta":
-                self._note_tokens(len(event.delta.token_ids))
+                self._note_pieces(pieces_of(event.delta))
             await self._relay.put(event)
             if kind == "finished":
                 self._relay.end()
@@ -239,19 +276,19 @@ class RequestSession:
                 cancelled = event.finished.reason == generation_pb2.FINISH_REASON_CANCELLED
                 return Outcome.CANCELLED if cancelled else Outcome.FINISHED
 
-    def _note_tokens(self, tokens: int) -> None:
-        if not tokens:
+    def _note_pieces(self, pieces: int) -> None:
+        if not pieces:
             return
         now = self._parts.clock.monotonic()
         if self._moves.under_way:
             self._moves.arrive()
-        if self._any_tokens:
-            self._parts.metrics.observe_tokens(now - self._last_tokens, tokens)
+        if self._any_pieces:
+            self._parts.metrics.observe_tokens(now - self._last_piece, pieces)
         else:
-            self._any_tokens = True
+            self._any_pieces = True
             self._parts.metrics.observe_first_token(now - self._arrived)
             self._span.event("first_token")
-        self._last_tokens = now
+        self._last_piece = now
 
     def _note_finished(self, finished: engine_pb.Finished) -> None:
         # Where the tokens before were the whole answer, its end is what the next engine brings.

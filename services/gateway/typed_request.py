@@ -9,7 +9,7 @@ from caravan.core.v1 import chat_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.inference.v1 import inference_service_pb2 as pb
 
-from services.gateway import rules
+from services.gateway import images, rules
 from services.gateway.cache_options import check_cache
 from services.gateway.requests import Api, InferenceRequest
 from services.gateway.rules import invalid
@@ -110,6 +110,7 @@ def _check_chat(prompt: chat_pb2.ChatPrompt, grammar: bool, at: str) -> None:
 def _check_message(message: chat_pb2.ChatMessage, at: str) -> None:
     if message.role not in _ROLES:
         raise invalid(f"{at}.role", "it is not known.")
+    images.check_parts(message, at)
     if message.tool_calls and message.role != chat_pb2.ROLE_ASSISTANT:
         raise invalid(f"{at}.tool_calls", "only the assistant calls tools.")
     if message.role == chat_pb2.ROLE_TOOL and not message.tool_call_id:

@@ -19,10 +19,14 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
-_UINT32_MAX: Final = 2**32 - 1
+_INTEGERS_MAX: Final = {
+    FieldDescriptor.TYPE_UINT32: 2**32 - 1,
+    FieldDescriptor.TYPE_UINT64: 2**64 - 1,
+}
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)(ms|s|min|h)", re.ASCII)
 _MICROSECONDS: Final = {"ms": 1_000, "s": 1_000_000, "min": 60_000_000, "h": 3_600_000_000}
-_NOT_YET: Final = {"budget": "budgets are not there yet"}
+_OF_FILES: Final = (pb.RUNTIME_UNSPECIFIED, pb.RUNTIME_LLAMA_CPP)
+"""Runtimes whose models are files; a server of one's own may call a model by the name of its file."""
 
 
 @dataclass
@@ -38,7 +42,10 @@ class DeploymentFile:
 
 
 def read_deployments(text: str, folder: Path) -> DeploymentFile:
-    """Reads a file's text. A relative model that ends in `.gguf` or begins with `./` or `../` is taken from `folder`."""
+    """Reads a file's text.
+
+    A relative model that ends in `.gguf` or begins with `./` or `../`, and a relative file of a credential, are taken from `folder`.
+    """
     found = DeploymentFile()
     try:
         document = tomllib.loads(text)
@@ -54,23 +61,33 @@ def read_deployments(text: str, folder: Path) -> DeploymentFile:
     for index, table in enumerate(tables):
         deployment = pb.Deployment()
         _fill(deployment, table, f"deployments[{index}]", found)
-        deployment.model = _from_folder(deployment.model, folder)
+        _place(deployment, folder)
         found.deployments.append(deployment)
     return found
 
 
-def _from_folder(model: str, folder: Path) -> str:
+def _place(deployment: pb.Deployment, folder: Path) -> None:
+    """Makes paths that are relative to the file absolute."""
+    model = deployment.model
     is_path = model.lower().endswith(".gguf") or model.startswith(("./", "../"))
-    if not is_path or model.startswith("scripted:"):
-        return model
-    return str((folder / Path(model).expanduser()).absolute())
+    if is_path and deployment.runtime in _OF_FILES and not model.startswith("scripted:"):
+        deployment.model = _from_folder(model, folder)
+    if deployment.remote.credential.file:
+        file = _from_folder(deployment.remote.credential.file, folder)
+        deployment.remote.credential.file = file
+
+
+def _from_folder(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).absolute())
 
 
 def _fill(message: Message, table: Mapping[str, object], path: str, found: DeploymentFile) -> None:
     for key, value in table.items():
         known = message.DESCRIPTOR.fields_by_name.get(key)
         if known is None:
-            found.mistake(f"{path}.{key}", _NOT_YET.get(key, "is not known"))
+            found.mistake(f"{path}.{key}", "is not known")
+        elif (other := _set_already(message, known)) is not None:
+            found.mistake(f"{path}.{key}", f"contradicts {other}: only one of them may be given")
         elif known.is_repeated:
             _fill_row(message, known, value, f"{path}.{key}", found)
         elif known.message_type is None or known.message_type is Duration.DESCRIPTOR:
@@ -81,6 +98,12 @@ def _fill(message: Message, table: Mapping[str, object], path: str, found: Deplo
             _fill(part, value, f"{path}.{key}", found)
         else:
             found.mistake(f"{path}.{key}", "is not a table")
+
+
+def _set_already(message: Message, known: Any) -> str | None:
+    """The other field of those of which only one may be set."""
+    group = known.containing_oneof
+    return None if group is None else message.WhichOneof(group.name)
 
 
 def _fill_row(
@@ -125,9 +148,12 @@ def _value(known: Any, value: object) -> object:
     elif known.type == FieldDescriptor.TYPE_STRING:
         if not isinstance(value, str):
             raise ValueError("is not a text")
+    elif known.type == FieldDescriptor.TYPE_DOUBLE:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("is not a number")
     elif not isinstance(value, int) or isinstance(value, bool):
         raise ValueError("is not a whole number")
-    elif not 0 <= value <= _UINT32_MAX:
+    elif not 0 <= value <= _INTEGERS_MAX[known.type]:
         raise ValueError(f"{value} is below 0" if value < 0 else f"{value} is too large")
     return value
 

@@ -28,12 +28,23 @@ class SettingInfo:
     default: str
     meaning: str
     parse: Callable[[str], object]
+    secret: bool = False
 
 
-def setting(env: str, default: str, meaning: str, parse: Callable[[str], object] = str) -> Any:
-    """A dataclass field read from the variable `env`; `default` is parsed like any other text."""
-    info = SettingInfo(env, default, meaning, parse)
-    return field(default_factory=lambda: parse(default), metadata={_META: info})
+def setting(
+    env: str,
+    default: str,
+    meaning: str,
+    parse: Callable[[str], object] = str,
+    *,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field read from the variable `env`; `default` is parsed like any other text.
+
+    The value of a `secret` one is never shown, also where it is wrong; its `parse` must not repeat it either.
+    """
+    info = SettingInfo(env, default, meaning, parse, secret)
+    return field(default_factory=lambda: parse(default), metadata={_META: info}, repr=not secret)
 
 
 def infos(settings_class: type) -> Iterator[tuple[str, SettingInfo]]:
@@ -52,7 +63,8 @@ def load(settings_class: type[T], environ: Mapping[str, str]) -> T:
         try:
             values[name] = info.parse(text)
         except ValueError as error:
-            mistakes.append(f"{info.env}={text!r}: {error}")
+            told = info.env if info.secret else f"{info.env}={text!r}"
+            mistakes.append(f"{told}: {error}")
     if mistakes:
         raise SettingsError("\n".join(mistakes))
     return settings_class(**values)

@@ -69,7 +69,7 @@ async def test_all_mistakes_and_code_2(file: Path, capsys: pytest.CaptureFixture
         assert await _caravan(coordinator, file) == 2
         told = capsys.readouterr().err
         assert "nothing was changed" in told
-        for place in ("[0].name: is not a text", "[0].model: 'gpt-4'", "[1].replicas: 70"):
+        for place in ("[0].name: is not a text", "[0].remote.credential: is", "[1].replicas: 70"):
             assert f"deployments{place}" in told
         assert told.count("deployments[0].name") == 1
         assert len(coordinator.state.deployments) == 0
@@ -90,7 +90,7 @@ async def test_waiting_for_engines(file: Path, capsys: pytest.CaptureFixture[str
         failing = engine_pb.EngineLoad(phase=engine_pb.ENGINE_PHASE_FAILED, failure="bad tensor")
         await engine.report(failing)
         assert await _caravan(coordinator, file, "--wait", "--timeout", "10s") == 1
-        assert "chat: no engine can load the model: bad tensor" in capsys.readouterr().err
+        assert "chat: no engine can serve the model: bad tensor" in capsys.readouterr().err
         engine.die()
         await until(lambda: not len(coordinator.state.engines))
         assert await _caravan(coordinator, file, "--wait", "--timeout", "100ms") == 1

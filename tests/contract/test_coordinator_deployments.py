@@ -86,7 +86,7 @@ async def test_all_mistakes_and_no_change() -> None:
         assert (await _list(coordinator), len(told.changes)) == ([], 0)
         assert {mistake.field.removeprefix("deployments[1].") for mistake in told.mistakes} == {
             "name",
-            "model",
+            "remote.credential",
             "runtime",
             "priority",
             "fallback[0].reasons[0]",

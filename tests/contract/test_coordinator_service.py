@@ -298,6 +298,7 @@ async def test_only_the_named_reasons_lead_to_a_fallback(reason: FallbackReason)
         FallbackReason.UNAVAILABLE: deployment_pb2.FALLBACK_REASON_UNAVAILABLE,
         FallbackReason.RATE_LIMITED: deployment_pb2.FALLBACK_REASON_RATE_LIMITED,
         FallbackReason.CIRCUIT_OPEN: deployment_pb2.FALLBACK_REASON_CIRCUIT_OPEN,
+        FallbackReason.BUDGET: deployment_pb2.FALLBACK_REASON_BUDGET,
     }[reason]
     async with running_coordinator() as coordinator:
         gateway = await coordinator.gateway()

@@ -23,6 +23,20 @@ def _bad_role(request: pb.GenerateRequest) -> None:
     request.chat.messages.add(content="x")
 
 
+def _image(request: pb.GenerateRequest) -> None:
+    message = request.chat.messages.add(role=chat_pb2.ROLE_USER)
+    message.parts.add(text="What is this?")
+    message.parts.add().image.url = "https://example.org/a.png"
+
+
+def _empty_part(request: pb.GenerateRequest) -> None:
+    request.chat.messages.add(role=chat_pb2.ROLE_USER).parts.add()
+
+
+def _both(request: pb.GenerateRequest) -> None:
+    request.chat.messages[0].parts.add(text="x")
+
+
 def _named_tool(request: pb.GenerateRequest) -> None:
     request.chat.tools.add(name="f")
     request.chat.tool_choice.mode = chat_pb2.ToolChoice.MODE_NAMED
@@ -36,6 +50,9 @@ BAD: dict[str, tuple[Change, str, str | None]] = {
     "empty text": (lambda r: setattr(r, "text", ""), "INVALID_VALUE", "prompt"),
     "no messages": (lambda r: r.chat.ClearField("messages"), "INVALID_VALUE", "messages"),
     "no role": (_bad_role, "INVALID_VALUE", "messages[1].role"),
+    "image": (_image, "UNSUPPORTED_FIELD", "messages[1].parts[1]"),
+    "part without a kind": (_empty_part, "UNSUPPORTED_FIELD", "messages[1].parts[0]"),
+    "content and parts": (_both, "INVALID_VALUE", "messages[0].content"),
     "unknown token": (lambda r: r.tokens.ids.extend([1, 512]), "INVALID_VALUE", "prompt[1]"),
     "too long": (
         lambda r: setattr(r, "text", "x" * 5000),

@@ -26,7 +26,8 @@ PROMPT = chat_pb2.ChatPrompt(messages=[chat_pb2.ChatMessage(role=chat_pb2.ROLE_U
 
 
 def _model(name: str, ready: int) -> coordinator_pb.Model:
-    model = coordinator_pb.Model(name=name, context_tokens=512, ready_engines=ready)
+    context_tokens = 512 if ready else 0
+    model = coordinator_pb.Model(name=name, context_tokens=context_tokens, ready_engines=ready)
     model.created.seconds = 1_700_000_000
     return model
 
@@ -77,6 +78,8 @@ async def test_models() -> None:
         listed = json.loads((await rig.openai.ListModels(openai_pb.ListModelsRequest())).body.data)
         assert listed["object"] == "list"
         assert [model["id"] for model in listed["data"]] == ["a/b", "demo"]
+        shown = [model["caravan"]["context_tokens"] for model in listed["data"]]
+        assert shown == [None, 512], "of a provider's model nobody may know"
         one = await rig.openai.GetModel(openai_pb.GetModelRequest(model="demo"))
         assert json.loads(one.body.data) == {
             "id": "demo",

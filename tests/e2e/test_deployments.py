@@ -146,7 +146,7 @@ def test_a_broken_model_leaves_the_former_serving(deployed: Stack, folder: Path)
     broken = _file(folder / "broken.toml", _deployment("chat", folder / "broken.gguf"))
     with _streams(deployed, "chat") as load:
         told = _deploy(deployed, broken, "--wait", code=1)
-        assert "chat: no engine can load the model" in told
+        assert "chat: no engine can serve the model" in told
         assert "the former revision serves" in _deploy(deployed, "--list")
         _deploy(
             deployed, _file(folder / "back.toml", _deployment("chat", folder / "v2.gguf")), "--wait"
@@ -202,7 +202,7 @@ def test_mistakes_change_nothing(deployed: Stack, folder: Path) -> None:
         folder / "bad.toml", _deployment("chat", "gpt-4o", replica=2), _deployment("", DEMO)
     )
     told = _deploy(deployed, bad, code=2)
-    for place in ("deployments[0].replica", "deployments[0].model", "deployments[1].name"):
+    for place in ("deployments[0].replica", "[0].remote.credential", "deployments[1].name"):
         assert place in told
     assert "deployments" in _deploy(deployed, folder / "none.toml", code=2)
 

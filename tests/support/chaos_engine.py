@@ -11,7 +11,13 @@ from typing import Final, Protocol
 from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
-from services.coordinator.effects import DrainEngine, Effects, EngineCommand, UndrainEngine
+from services.coordinator.effects import (
+    CancelRequest,
+    DrainEngine,
+    Effects,
+    EngineCommand,
+    UndrainEngine,
+)
 from services.coordinator.leases import Lease
 from services.coordinator.state import CoordinatorState
 from tests.support.chaos_coordinator import Coordinator, Stream
@@ -131,7 +137,7 @@ class Engine:
             self.drain(command.grace_s)
         elif isinstance(command, UndrainEngine):
             self.undrain()
-        else:
+        elif isinstance(command, CancelRequest):
             self._when_awake(lambda: self._cancel(command.request_id))
 
     def _load(self) -> engine_pb.EngineLoad:

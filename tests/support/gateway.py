@@ -58,6 +58,12 @@ class Rig:
         labels = {"api": api, "outcome": outcome}
         return self.registry.get_sample_value("caravan_requests_total", labels) or 0.0
 
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of a series, which must exist."""
+        value = self.registry.get_sample_value(name, labels)
+        assert value is not None, name
+        return value
+
     def migrations(self, reason: str, result: str) -> float:
         """Moves to another engine for this reason that went so."""
         labels = {"reason": reason, "result": result}
@@ -119,8 +125,12 @@ async def running(
         gateway = Gateway(
             GatewaySettings(
                 address="127.0.0.1:0",
-                coordinator=f"127.0.0.1:{port}",
-                **{"drain_grace_s": 0.0, "coordinator_timeout_s": 10.0, **settings},
+                **{
+                    "coordinator": f"127.0.0.1:{port}",
+                    "drain_grace_s": 0.0,
+                    "coordinator_timeout_s": 10.0,
+                    **settings,
+                },
             ),
             registry,
             SystemClock(),

@@ -147,7 +147,10 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
 
 @dataclass
 class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
-    """Grants leases on its engines in turn. `refusals` are used up first: an error is raised, a callable awaited."""
+    """Grants leases on its engines in turn. `refusals` are used up first: an error is raised, a callable awaited.
+
+    With a `chain` of deployments, the first of which clients ask for, its engines serve one of them each, in this order.
+    """
 
     engines: list[FakeEngine] = field(default_factory=list)
     refusals: list[Step] = field(default_factory=list)
@@ -166,6 +169,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     address: str = "127.0.0.1:0"
     idempotent: bool = True
     serving_model: str = ""
+    chain: tuple[str, ...] = ()
     engine_came: asyncio.Event = field(default_factory=asyncio.Event)
     finish_keys: list[bytes] = field(default_factory=list)
     joins: list[coordinator_pb.JoinGatewayRequest] = field(default_factory=list)
@@ -221,7 +225,8 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         if request.request_id in {self.grants[lease_id] for lease_id in self.held}:
             raise CaravanError("DUPLICATE_REQUEST", "?", request_id=request.request_id)
         number = next(self._numbers)
-        engine = await self._choose(number, request)
+        serving = self._serving(request)
+        engine = await self._choose(number, serving, request)
         lease_id = f"lease-{number}"
         self.grants[lease_id] = request.request_id
         return coordinator_pb.RouteResponse(
@@ -231,14 +236,30 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
                 address=engine.address,
                 incarnation=engine.incarnation,
             ),
-            model=self.serving_model or request.model,
+            model=serving,
             idempotent=self.idempotent,
         )
 
-    async def _choose(self, number: int, request: coordinator_pb.RouteRequest) -> FakeEngine:
+    def _serving(self, request: coordinator_pb.RouteRequest) -> str:
+        """The deployment that takes the request: the first of the chain that has not failed it."""
+        if not self.chain:
+            return self.serving_model or request.model
+        failed = {told.name for told in request.failed}
+        after = self.chain[self.chain.index(request.model) :]
+        for name in after if request.may_fall_back else after[:1]:
+            if name not in failed:
+                return name
+        raise CaravanError("NO_ENGINE", "None takes it.", retry_after_s=9.0, model=request.model)
+
+    async def _choose(
+        self, number: int, serving: str, request: coordinator_pb.RouteRequest
+    ) -> FakeEngine:
         """The engines in turn, but for those that the request avoids; it waits while there is no other."""
         while True:
-            allowed = [e for e in self.engines if e.incarnation not in request.avoid_incarnations]
+            engines = self.engines
+            if self.chain:
+                engines = [engines[self.chain.index(serving)]]
+            allowed = [e for e in engines if e.incarnation not in request.avoid_incarnations]
             if allowed:
                 return allowed[(number - 1) % len(allowed)]
             await self.engine_came.wait()
@@ -304,5 +325,17 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         raise AssertionError("not called by gateways")
 
     async def UndrainEngine(self, request: Any, context: Any) -> Any:
+        """Asked by operators only."""
+        raise AssertionError("not called by gateways")
+
+    async def AcquireLimit(self, request: Any, context: Any) -> Any:
+        """Asked by engines only."""
+        raise AssertionError("not called by gateways")
+
+    async def SettleLimit(self, request: Any, context: Any) -> Any:
+        """Asked by engines only."""
+        raise AssertionError("not called by gateways")
+
+    async def GetCosts(self, request: Any, context: Any) -> Any:
         """Asked by operators only."""
         raise AssertionError("not called by gateways")

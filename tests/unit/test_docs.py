@@ -12,7 +12,7 @@ from services.runtime.settings import infos
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATING = (ROOT / "docs" / "OPERATING.md").read_text()
-SERVICES = ("coordinator", "cache", "engine", "gateway", "cli")
+SERVICES = ("coordinator", "cache", "engine", "engine.remote", "gateway", "cli")
 SETTINGS = [f"services.{name}.settings" for name in SERVICES]
 
 
@@ -46,7 +46,7 @@ def test_no_setting_is_documented_that_does_not_exist() -> None:
 def test_every_metric_is_documented() -> None:
     """docs/OPERATING.md names each series, and no other."""
     names: set[str] = set()
-    for path in (ROOT / "services").rglob("metrics.py"):
+    for path in (ROOT / "services").rglob("*metrics.py"):
         names |= set(re.findall(r"""["'](caravan_\w+)["']""", path.read_text()))
     assert names
     assert set(re.findall(r"^\| `(caravan_\w+)` \|", OPERATING, re.MULTILINE)) == names

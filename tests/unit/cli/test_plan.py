@@ -200,6 +200,35 @@ def test_a_deployment_says_how_its_engines_are_started() -> None:
     assert "CARAVAN_ENGINE_CONTEXT_TOKENS" not in environment
 
 
+def test_an_engine_in_front_of_a_provider() -> None:
+    """Another module, told the provider and how to talk to it; no KV cache, no threads, and no share of the cores."""
+    remote = Wanted("chat", "gpt-4o", "r3", provider="openai", remote_options='{"workers": 2}')
+    local = Wanted("local", "/m.gguf", "r4")
+    planner = EnginePlanner(
+        replace(OPTIONS, threads=6), load_settings({}), _ports(OPTIONS), INSTALL, 8
+    )
+    listens = ports.EngineListens(4, 1, 2)
+    engine = planner.plan(remote, [remote, local], listens)
+    assert engine.argv == ("/usr/bin/python", "-P", "-m", "services.engine.remote")
+    assert (engine.name, engine.kind, engine.model) == ("engine-4", "engine", "chat")
+    told = {k: v for k, v in engine.environment.items() if not k.startswith("PYTHON")}
+    assert told == {
+        "CARAVAN_ENGINE_ADDRESS": "127.0.0.1:1",
+        "CARAVAN_ENGINE_METRICS_ADDRESS": "127.0.0.1:2",
+        "CARAVAN_ENGINE_ID": "engine-4",
+        "CARAVAN_ENGINE_MODEL": "chat=gpt-4o",
+        "CARAVAN_ENGINE_REVISION": "r3",
+        "CARAVAN_ENGINE_COORDINATOR": "127.0.0.1:7002",
+        "CARAVAN_REMOTE_PROVIDER": "openai",
+        "CARAVAN_REMOTE_OPTIONS": '{"workers": 2}',
+        "CARAVAN_DRAIN_GRACE_S": "10",
+    }
+    planner = replace(planner, options=OPTIONS)
+    for_itself = planner.plan(local, [remote, local], listens)
+    assert for_itself.argv[-1] == "services.engine"
+    assert "CARAVAN_ENGINE_THREADS" not in for_itself.environment
+
+
 def test_the_coordinator_is_told_of_deployments() -> None:
     """The file that was given, or one of the models; and where to keep what is applied."""
     (coordinator,) = _plan(OPTIONS).of_kind("coordinator")

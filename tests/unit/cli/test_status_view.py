@@ -14,7 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.cli.oncall_tables import engine_phase, request_phase
+from services.cli.oncall_tables import engine_lines, engine_phase, request_phase
 from services.cli.reused_tokens import ReusedTokens, read_metrics
 from services.cli.status import frame
 from services.cli.status_view import Snapshot, as_json, page
@@ -102,6 +102,15 @@ def test_the_whole_page() -> None:
         "req-0    demo   engine-0  generating  1 min   0.3 s     120      34  normal    -",
         "req-1    demo   engine-0  generating  1 min   0.3 s     120      34  normal    -",
     ]
+
+
+def test_an_engine_in_front_of_a_provider() -> None:
+    """Who runs the model stands behind its name; cells are none of its business."""
+    told = engine("engine-0", active_sequences=3)
+    told.model.provider = "openai"
+    (_, line) = engine_lines([told])
+    assert line.split("  ")[:2] == ["engine-0", "demo (openai)"]
+    assert line.split()[-2:] == ["-", "-"]
 
 
 @pytest.mark.parametrize("columns", [1, 12, 40, 79])

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from caravan.engine.v1 import remote_options_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.coordinator.deployment import (
+    Budget,
     Deployment,
     EngineOptions,
     Fallback,
+    OnExceeded,
     Runtime,
     Serving,
 )
 from services.coordinator.deployment_changes import Change, ChangeKind, diff, revision
 from services.coordinator.deployment_messages import from_messages, to_message
 from services.coordinator.deployment_rules import DEPLOYMENTS_MAX, find_mistakes
+from services.coordinator.remote import Remote
 
 CHAT = Deployment("chat", "/models/chat.gguf")
 
@@ -32,8 +36,13 @@ def test_a_revision_is_what_engines_are_started_with() -> None:
         replace(CHAT, engine=EngineOptions(context_tokens=1)),
         replace(CHAT, engine=EngineOptions(max_sequences=1)),
         replace(CHAT, engine=EngineOptions(threads=1)),
+        replace(CHAT, remote=Remote()),
+        replace(CHAT, remote=Remote.of(pb.RemoteOptions(workers=1))),
+        replace(CHAT, remote=Remote.of(pb.RemoteOptions(limits=pb.RateLimits(strict=True)))),
     ]
-    assert len({revision(other) for other in [CHAT, *others]}) == 6
+    assert len({revision(other) for other in [CHAT, *others]}) == 9
+    assert revision(replace(CHAT, budget=Budget(1.0))) == revision(CHAT)
+    assert revision(others[-2]) == "a627833530af7399"
 
 
 def test_a_difference_names_its_fields() -> None:
@@ -54,6 +63,55 @@ def test_a_difference_names_its_fields() -> None:
     assert diff(current, wanted, remove_others=False) == changes
     removing = diff(current, wanted, remove_others=True)
     assert removing == (*changes[:3], Change("d", ChangeKind.REMOVED), changes[3])
+
+
+def test_a_difference_of_remote_options_names_their_fields() -> None:
+    """Only the fields that differ, also where one is newly set, set to nothing, or a part of it says something by being there."""
+    before = pb.RemoteOptions(
+        base_url="https://a",
+        retry=pb.RetryPolicy(max_retries=2, budget=0.5),
+        limits=pb.RateLimits(requests_per_minute=5),
+    )
+    after = pb.RemoteOptions(
+        base_url="https://a",
+        retry=pb.RetryPolicy(max_retries=2, budget=0.0),
+        limits=pb.RateLimits(requests_per_minute=6),
+        price=pb.Price(),
+        workers=3,
+    )
+    after.timeouts.first_byte.FromMilliseconds(500)
+    chat = Deployment("chat", "gpt-4o", Runtime.OPENAI, remote=Remote.of(before))
+    wanted = replace(chat, remote=Remote.of(after), budget=Budget(usd_per_day=3.0))
+    (change,) = diff({"chat": chat}, [wanted], remove_others=False)
+    assert change == Change(
+        "chat",
+        ChangeKind.CHANGED,
+        (
+            "remote.limits.requests_per_minute",
+            "remote.price",
+            "remote.retry.budget",
+            "remote.timeouts.first_byte",
+            "remote.workers",
+            "budget.usd_per_day",
+        ),
+        restarts_engines=True,
+    )
+    cheaper = replace(chat, budget=Budget(usd_per_day=3.0))
+    (change,) = diff({"chat": chat}, [cheaper], remove_others=False)
+    assert (change.fields, change.restarts_engines) == (("budget.usd_per_day",), False)
+    (change,) = diff({"chat": chat}, [replace(chat, remote=None)], remove_others=False)
+    assert change.fields == ("remote",)
+
+
+def test_remote_options_are_a_value() -> None:
+    """Equal however they came about; the message that is handed out is a copy; what is not judged yet is not shown."""
+    options = pb.RemoteOptions(workers=3, credential=pb.Credential(inline="sk-canary"))
+    remote = Remote.of(options)
+    assert remote == Remote.of(pb.RemoteOptions.FromString(options.SerializeToString()))
+    options.workers = 4
+    remote.to_message().workers = 5
+    assert remote.to_message().workers == 3
+    assert "canary" not in repr(Deployment("chat", "gpt-4o", remote=remote))
 
 
 def test_a_cycle_over_what_is_kept_is_found() -> None:
@@ -109,6 +167,16 @@ def test_what_is_accepted_has_no_cycle(graph: dict[str, list[str]]) -> None:
         ),
         fallback=st.lists(st.builds(Fallback, names), max_size=2).map(tuple),
         idempotent=st.booleans(),
+        remote=st.none()
+        | st.builds(
+            Remote.of, st.builds(pb.RemoteOptions, base_url=names, workers=st.integers(0, 9))
+        ),
+        budget=st.builds(
+            Budget,
+            st.floats(0, 9),
+            tenant_usd_per_day=st.floats(0, 9),
+            on_exceeded=st.sampled_from(OnExceeded),
+        ),
     )
 )
 def test_messages_say_everything(deployment: Deployment) -> None:

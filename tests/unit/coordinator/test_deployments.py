@@ -110,7 +110,7 @@ def test_a_broken_model_takes_nothing_over(state: CoordinatorState) -> None:
     join(state, "new", V2, FAILED)
     (kept,) = state.deployments
     assert stands(state) is State.FAILED
-    assert kept.status.note.startswith("no engine can load the model: bad tensor; the former")
+    assert kept.status.note.startswith("no engine can serve the model: bad tensor; the former")
     assert route(state, "a") == "old"
     effects = apply(state, V1)
     assert [drain.session for drain in effects.drains] == [state.engines.find("new").session]  # type: ignore[union-attr]

@@ -137,7 +137,7 @@ def test_where_a_deployment_stands() -> None:
     assert (status.state, status.ready, status.note) == (State.SERVING, 2, "2 of 3 engines ready")
     status = describe(NEW, 1, _members((OLD, READY), (NEW, FAILED)), ["no such file"])
     assert (status.state, status.former) == (State.FAILED, 1)
-    assert status.note == "no engine can load the model: no such file; the former revision serves"
+    assert status.note == "no engine can serve the model: no such file; the former revision serves"
     status = describe(NEW, 1, _members((OLD, READY), (NEW, LOADING)), [])
     assert (status.state, status.ready) == (State.SERVING, 0)
     assert status.note == "0 of 1 engines ready; the former revision serves until then"

@@ -128,3 +128,11 @@ def test_parameters_that_are_no_schema_are_refused(bad: str) -> None:
         tokenizer(TOOLS).chat(chat("x", tools=(chat_pb2.Tool(name="f", parameters_json=bad),)))
     assert caught.value.reason == "INVALID_VALUE"
     assert caught.value.param == "tools[0].parameters"
+
+
+def test_parts_of_text_are_one_text() -> None:
+    """A message in parts is the message that they make."""
+    parts = [chat_pb2.ContentPart(text=text) for text in ("What ", "is ", "this?")]
+    message = chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, parts=parts)
+    told = tokenizer(None).chat(chat_pb2.ChatPrompt(messages=[message]))
+    assert told == tokenizer(None).chat(chat("What is this?"))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from caravan.core.v1 import generation_pb2
+from typing import Any
+
+import pytest
+from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, pieces_of
 from tests.support.gateway_peers import Event, delta, finished, started
 
 
@@ -66,3 +69,62 @@ def test_the_end_tells_of_the_first_start() -> None:
     assert end.finished.usage.cached_tokens == 2
     assert end.finished.cache_hit == generation_pb2.CACHE_HIT_PARTIAL
     assert end.finished.usage.completion_tokens == 2, "the engine counts what it has resumed"
+
+
+def _end_after(*events: Event) -> tuple[int, int]:
+    answer = Answer()
+    for event in events:
+        _take(answer, event)
+    end = finished(cache_hit=generation_pb2.CACHE_HIT_EXACT)
+    _take(answer, end)
+    return end.finished.usage.cached_tokens, end.finished.cache_hit
+
+
+def test_a_start_that_knew_nothing_tells_nothing() -> None:
+    """A provider counts at the end: what it says then is what the client gets."""
+    unknown = started(prompt_tokens=0, cached_tokens=0)
+    assert _end_after(unknown, unknown) == (1, generation_pb2.CACHE_HIT_EXACT)
+
+
+def test_the_start_of_a_deployment_that_failed_tells_nothing() -> None:
+    """Another deployment has another prompt and another cache; the client still sees one start."""
+    answer = Answer()
+    assert _take(answer, started(cached_tokens=3))
+    answer.fall_back()
+    assert not _take(answer, started(cached_tokens=2))
+    end = finished()
+    _take(answer, end)
+    assert end.finished.usage.cached_tokens == 1
+    assert answer.any_events
+
+
+@pytest.mark.parametrize(
+    ("fields", "pieces", "resumable"),
+    [
+        ({"token_ids": [1, 2]}, 2, True),
+        ({"text": "a", "token_ids": [1, 2], "pieces": 1}, 2, True),
+        ({"text": "a"}, 1, False),
+        ({"text": "a", "pieces": 3}, 3, False),
+        ({"refusal": "no"}, 1, False),
+        ({"tool_calls": [chat_pb2.ToolCallDelta(index=0, name="f")]}, 1, False),
+        ({"pieces": 2}, 2, False),
+        ({}, 0, True),
+    ],
+)
+def test_pieces(fields: dict[str, Any], pieces: int, resumable: bool) -> None:
+    """What a provider says comes without tokens: it is counted in pieces, and nobody can go on behind it."""
+    event = Event(delta=engine_pb.Delta(**fields))
+    assert pieces_of(event.delta) == pieces
+    answer = Answer()
+    assert answer.resumable
+    _take(answer, delta("a", token_ids=[7]))
+    _take(answer, event)
+    assert answer.resumable == resumable
+    assert answer.any_output
+
+
+def test_a_start_is_no_output() -> None:
+    """Until there is a part of the answer itself, another deployment may make it."""
+    answer = Answer()
+    _take(answer, started())
+    assert (answer.any_events, answer.any_output) == (True, False)

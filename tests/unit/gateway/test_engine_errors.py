@@ -13,6 +13,13 @@ from services.runtime.errors import CaravanError
     ("theirs", "openai", "typed"),
     [
         ("messages[0].role", "messages[0].role", "prompt.messages[0].role"),
+        ("messages[3].parts", "messages[3].content", "prompt.messages[3].parts"),
+        ("messages[3].parts[1]", "messages[3].content[1]", "prompt.messages[3].parts[1]"),
+        (
+            "messages[3].parts[1].image.url",
+            "messages[3].content[1].image_url.url",
+            "prompt.messages[3].parts[1].image.url",
+        ),
         ("tools", "tools", "prompt.tools"),
         ("tools[2].parameters", "tools[2].function.parameters", "prompt.tools[2].parameters_json"),
         ("tool_choice", "tool_choice", "prompt.tool_choice"),

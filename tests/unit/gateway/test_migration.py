@@ -13,6 +13,7 @@ LOSSES = st.builds(
     reason=st.sampled_from(sorted(TABLE)),
     incarnation=st.sampled_from(["", "a", "b", "c"]),
     began=st.booleans(),
+    resumable=st.booleans(),
 )
 FRACTIONS = st.floats(0, 1, exclude_max=True)
 
@@ -40,6 +41,7 @@ def test_moves_are_bounded(losses: list[tuple[Loss, bool, float]], moves_max: in
         moves += 1
         assert 0 <= delay_s <= BACKOFF_MOST_S
         assert loss.reason in MOVED
+        assert loss.resumable, "nobody could go on with the answer"
         assert migration.has_moved
     assert moves <= moves_max
 

@@ -101,9 +101,9 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     ),
     (_message(content=[{"type": "odd"}]), "INVALID_VALUE", "messages[0].content[0].type"),
     (
-        _message(content=[{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]),
+        _message(content=[{"type": "refusal", "refusal": "no"}]),
         "UNSUPPORTED_FIELD",
-        "messages[0].content[1].type",
+        "messages[0].content[0].type",
     ),
     (
         _message(content=[{"type": "input_audio", "input_audio": {}}]),
@@ -115,7 +115,8 @@ CHATS: list[tuple[dict[str, Any], str, str]] = [
     (_message(tool_calls=[]), "UNKNOWN_FIELD", "messages[0].tool_calls"),
     (_assistant(), "MISSING_FIELD", "messages[1].content"),
     (_assistant(content=None, tool_calls=[]), "MISSING_FIELD", "messages[1].content"),
-    (_assistant(content="a", refusal="no"), "UNSUPPORTED_FIELD", "messages[1].refusal"),
+    (_assistant(content="a", refusal=5), "WRONG_TYPE", "messages[1].refusal"),
+    (_assistant(refusal=""), "MISSING_FIELD", "messages[1].content"),
     (_assistant(content="a", audio={"id": "x"}), "UNSUPPORTED_FIELD", "messages[1].audio"),
     (
         _assistant(content="a", function_call={"name": "f"}),

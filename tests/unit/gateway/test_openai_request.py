@@ -92,6 +92,30 @@ def test_everything_at_once() -> None:
     assert request.generate.top_logprobs == 3
 
 
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"refusal": "No."}, "No."),
+        ({"content": "Well. ", "refusal": "No."}, "Well. No."),
+        ({"content": "Yes.", "refusal": None}, "Yes."),
+        (
+            {
+                "content": [
+                    {"type": "text", "text": "Well. "},
+                    {"type": "refusal", "refusal": "No."},
+                ]
+            },
+            "Well. No.",
+        ),
+    ],
+)
+def test_a_refusal_that_comes_back(fields: dict[str, Any], text: str) -> None:
+    """A conversation goes on after a refusal: it is what the model said."""
+    messages = [USER, {"role": "assistant", **fields}, USER]
+    assert _chat(messages=messages).generate.chat.messages[1].content == text
+
+
 def test_absent_and_null_leave_the_defaults_to_the_engine() -> None:
     """A field that is absent or null is not set: the contract of the engine gives its default."""
     names = set(ChatCompletion.__struct_fields__) - {"model", "messages"}

@@ -221,6 +221,7 @@ def test_keepalive_is_a_comment() -> None:
         (generation_pb2.FINISH_REASON_STOP, "stop"),
         (generation_pb2.FINISH_REASON_LENGTH, "length"),
         (generation_pb2.FINISH_REASON_TOOL_CALLS, "tool_calls"),
+        (generation_pb2.FINISH_REASON_CONTENT_FILTER, "content_filter"),
     ],
 )
 def test_finish_reasons(reason: generation_pb2.FinishReason.ValueType, word: str) -> None:
@@ -267,6 +268,28 @@ def test_plain_chat() -> None:
             "prompt_tokens_details": {"cached_tokens": 4},
         },
     }
+
+
+def test_refusals() -> None:
+    """A chat has a place for them, beside the text if there is one; a completion has none, and shows them as its text."""
+    deltas = [
+        engine_pb.Delta(text="Well. "),
+        engine_pb.Delta(refusal="I "),
+        engine_pb.Delta(refusal="can't."),
+    ]
+    chat, completion = PlainAnswer(_chat(), HEAD), PlainAnswer(_completion(), HEAD)
+    for delta in deltas:
+        chat.delta(delta)
+        completion.delta(delta)
+    message = json.loads(chat.finished(_finished(), SERVED))["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "Well. ", "refusal": "I can't."}
+    (choice,) = json.loads(completion.finished(_finished(), SERVED))["choices"]
+    assert choice["text"] == "Well. I can't."
+
+    chunks = [event["choices"][0]["delta"] for event in _stream(_chat(stream=True), *deltas)]
+    assert chunks[1:-1] == [{"content": "Well. "}, {"refusal": "I "}, {"refusal": "can't."}]
+    events = _stream(_completion(stream=True), *deltas)
+    assert "".join(event["choices"][0]["text"] for event in events) == "Well. I can't."
 
 
 def test_plain_tool_calls() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from caravan.coordinator.v1 import deployment_pb2
 from caravan.core.v1 import scheduling_pb2
 
 from services.gateway.held import HeldLeases
@@ -36,6 +37,23 @@ def test_a_request_that_has_lost_its_engine_waits_for_another() -> None:
     assert not request.HasField("max_wait")
     assert (request.resumed, request.may_fall_back) == (True, False)
     assert list(request.avoid_incarnations) == ["life-1"]
+
+
+def test_a_request_whose_deployment_failed_asks_like_a_new_one() -> None:
+    """Nothing has begun: it waits for a fallback in its turn, and as long as its client says."""
+    scheduling = scheduling_pb2.Scheduling()
+    scheduling.max_wait.FromMilliseconds(0)
+    reasons = {
+        "demo": deployment_pb2.FALLBACK_REASON_RATE_LIMITED,
+        "spare": deployment_pb2.FALLBACK_REASON_UNAVAILABLE,
+    }
+    wanted = Wanted("req-1", "demo", scheduling=scheduling, failed=reasons)
+    request = wanted.request("gateway-1")
+    assert {told.name: told.reason for told in request.failed} == reasons
+    assert request.HasField("max_wait")
+    assert (request.resumed, request.may_fall_back) == (False, True)
+    assert wanted.asked_before
+    assert not Wanted("req-1", "demo").asked_before
 
 
 def test_held_leases_are_told_with_their_age() -> None:

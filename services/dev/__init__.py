@@ -1,0 +1,1 @@
+"""What a developer needs beside the services; none of them knows it."""

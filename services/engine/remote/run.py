@@ -1,0 +1,294 @@
+"""The attempts of one request: permits, the call, its answer, and what follows from how it ended (S3.6-S3.12; W18-W22).
+
+Each attempt asks the rate limit and the breaker anew, and gives both back however it ends, also when it is cancelled (I6). A failure is
+tried again only while nothing of the answer has come: after its first event another attempt could say the same text twice (W20).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from caravan.core.v1 import generation_pb2
+
+from services.engine.remote.accounts import Accounts
+from services.engine.remote.breaker import Breaker, Permit
+from services.engine.remote.credentials import Credential, CredentialError, CredentialSession
+from services.engine.remote.dispatcher import deadline_exceeded
+from services.engine.remote.failure import Failure, ProviderError
+from services.engine.remote.http_client import ProviderClient
+from services.engine.remote.metrics import CANCELLED, SUCCEEDED, RemoteMetrics
+from services.engine.remote.rate_gate import RateGate, RatePermit
+from services.engine.remote.redaction import Redactor
+from services.engine.remote.request import Phase, Request, Work
+from services.engine.remote.retry import Retry
+from services.engine.remote.wire import AnswerReader, Outcome, Wire
+from services.runtime.clock import Clock
+from services.runtime.errors import CaravanError
+from services.runtime.telemetry import Tracing
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A provider as all requests of an engine share it, with what protects it and us.
+
+    `patience` is whether a request may wait for the rate limit; `total_s` is the longest time for all attempts, or None;
+    `fraction` draws from [0, 1).
+    """
+
+    provider: str
+    model: str
+    wire: Wire
+    client: ProviderClient
+    gate: RateGate
+    breaker: Breaker
+    retry: Retry
+    credentials: CredentialSession
+    redactor: Redactor
+    accounts: Accounts
+    metrics: RemoteMetrics
+    tracing: Tracing
+    clock: Clock
+    fraction: Callable[[], float]
+    patience: bool
+    total_s: float | None
+
+
+class Run:
+    """One request at the provider. Ends it in its outbox, exactly once (I1)."""
+
+    def __init__(self, endpoint: Endpoint, request: Request, work: Work) -> None:
+        self._endpoint = endpoint
+        self._request = request
+        self._work = work
+        self._retries = 0
+        self._has_rebuilt = False
+        self._was_called = False
+        self._has_begun = False
+        self._ends_at = math.inf
+
+    async def attempt(self) -> float | None:
+        """Makes a call. Returns None where the request has its end; else it is to be called again after so many seconds."""
+        request = self._request
+        try:
+            while True:
+                credential = self._endpoint.credentials.snapshot
+                try:
+                    outcome = await self._call(credential)
+                except ProviderError as error:
+                    if not self._may_repeat(error):
+                        raise
+                    if await self._rebuilt(error, credential):
+                        continue
+                    return self._retry_in(error)
+                now = self._endpoint.clock.monotonic()
+                request.end(outcome.reason, now, outcome.stop_text)
+                return None
+        except ProviderError as error:
+            clean = self._endpoint.redactor.clean_error(error)
+            request.outbox.fail(clean.to_error(self._endpoint.provider))
+        except CaravanError as error:
+            request.outbox.fail(error)
+        return None
+
+    def _may_repeat(self, error: ProviderError) -> bool:
+        """Whether a call was made, and nothing of an answer has come; a limit that was reached is waited for only with patience."""
+        if error.failure is Failure.RATE_LIMITED and not self._endpoint.patience:
+            return False
+        return self._was_called and not self._has_begun
+
+    async def _rebuilt(self, error: ProviderError, refused: Credential) -> bool:
+        """Whether the provider did not take the credential, and there is another one to try, once (W21)."""
+        if error.failure is not Failure.UNAUTHORIZED or self._has_rebuilt or not refused.secret:
+            return False
+        self._has_rebuilt = True
+        try:
+            fresh = await self._endpoint.credentials.rebuild(refused.generation)
+        except CredentialError:
+            return False  # What the provider said tells the caller more.
+        return fresh.generation != refused.generation
+
+    def _retry_in(self, error: ProviderError) -> float:
+        """Seconds until the next attempt. Raises the error where there is to be none."""
+        endpoint = self._endpoint
+        wait_s = endpoint.retry.decide(
+            self._retries, error, self._remaining_s(), endpoint.fraction()
+        )
+        if wait_s is None:
+            raise error
+        self._retries += 1
+        endpoint.metrics.retries.inc()
+        return wait_s
+
+    def _remaining_s(self) -> float | None:
+        ends_at = min(self._ends_at, self._work.deadline)
+        if math.isinf(ends_at):
+            return None
+        return max(0.0, ends_at - self._endpoint.clock.monotonic())
+
+    async def _call(self, credential: Credential) -> Outcome:
+        """Waits for the rate limit, asks the breaker, and makes one call. Raises ProviderError or DEADLINE_EXCEEDED."""
+        endpoint = self._endpoint
+        clock = endpoint.clock
+        self._begin()
+        # Whom the breaker would refuse need not wait for, or use up, what the limit allows.
+        endpoint.breaker.acquire(clock.monotonic()).abandon(clock.monotonic())
+        rate = await endpoint.gate.enter(self._work.tokens, self._remaining_s(), endpoint.patience)
+        try:
+            permit = endpoint.breaker.acquire(clock.monotonic())
+            try:
+                return await self._permitted(credential, rate, permit)
+            finally:
+                permit.abandon(
+                    clock.monotonic()
+                )  # Does nothing where it has ended, as it should have.
+        finally:
+            rate.withdraw()
+
+    def _begin(self) -> None:
+        if self._request.attempts == 0:
+            self._endpoint.retry.first_attempt()
+            if self._endpoint.total_s is not None:
+                self._ends_at = self._endpoint.clock.monotonic() + self._endpoint.total_s
+        self._request.attempts += 1
+        self._was_called = False
+
+    async def _permitted(self, credential: Credential, rate: RatePermit, permit: Permit) -> Outcome:
+        """One call with both permits, which it gives back."""
+        endpoint = self._endpoint
+        reader = endpoint.wire.reader()
+        span = endpoint.tracing.start(
+            "attempt",
+            self._work.span.headers(),
+            gen_ai__provider__name=endpoint.provider,
+            gen_ai__request__model=endpoint.model,
+            caravan__attempt=self._request.attempts,
+        )
+        label, failure = CANCELLED, None
+        try:
+            outcome = await self._in_time(reader, credential, permit)
+            label = SUCCEEDED
+        except ProviderError as error:
+            failure = error.failure
+            label = failure.value.lower()
+            if failure is Failure.RATE_LIMITED:
+                rate.throttled(error.retry_after_s)
+            raise
+        else:
+            return outcome
+        finally:
+            now = endpoint.clock.monotonic()
+            if label is CANCELLED:
+                permit.abandon(now)
+            else:
+                permit.end(failure, now)
+            rate.settle(self._used(reader, failure, is_whole=label is SUCCEEDED))
+            span.end(None if label is SUCCEEDED else label)
+            endpoint.metrics.attempts.labels(label).inc()
+
+    async def _in_time(
+        self, reader: AnswerReader, credential: Credential, permit: Permit
+    ) -> Outcome:
+        """The call, within the time of the caller and the longest time of all attempts."""
+        began = self._endpoint.clock.monotonic()
+        limit = asyncio.timeout(self._remaining_s())
+        try:
+            async with limit:
+                return await self._answer(reader, credential, permit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        if self._work.deadline <= self._ends_at:
+            raise deadline_exceeded()
+        elapsed_ms = round((self._endpoint.clock.monotonic() - began) * 1000)
+        raise ProviderError(
+            Failure.TIMEOUT,
+            "The provider did not finish its answer in time.",
+            waited_for="total",
+            elapsed_ms=str(elapsed_ms),
+        )
+
+    async def _answer(
+        self, reader: AnswerReader, credential: Credential, permit: Permit
+    ) -> Outcome:
+        """Sends the request and hands on the pieces of the answer, all that came together at a time."""
+        endpoint, request = self._endpoint, self._request
+        clock, accounts = endpoint.clock, endpoint.accounts
+        outbox, read = request.outbox, reader.read
+        called = clock.monotonic()
+        self._was_called = True
+        if request.called is None:
+            request.called = called
+            endpoint.metrics.queue_seconds.observe(called - request.arrived)
+            outbox.start()
+        headers: Mapping[str, str] = {}
+        if credential.secret:
+            headers = endpoint.wire.credential_headers(credential.secret)
+        async with endpoint.client.stream(self._work.call, headers) as answer:
+            async for events in answer.batches():
+                now = clock.monotonic()
+                for name, data in events:
+                    piece = read(name, data)
+                    if not self._has_begun:
+                        self._has_begun = True
+                        request.phase = Phase.ANSWERING
+                        permit.answering(now)
+                        endpoint.metrics.first_byte_seconds.observe(now - called)
+                    if piece is not None:
+                        if request.first_piece is None:
+                            request.first_piece = now
+                        request.last_piece = now
+                        request.pieces += 1
+                        accounts.pieces += 1
+                        outbox.add(piece)
+                    if reader.is_complete:
+                        break
+                if reader.is_complete:
+                    break
+                if outbox.is_full:
+                    await outbox.room()
+        return reader.outcome()
+
+    def _used(self, reader: AnswerReader, failure: Failure | None, *, is_whole: bool) -> int | None:
+        """Notes what the attempt has used; returns its tokens, None where nobody can know."""
+        request = self._request
+        if self._has_begun:
+            told = reader.usage_so_far()
+            if is_whole and told is not None:
+                request.usage = told
+            else:
+                request.usage = estimated(told, self._work.prompt_tokens, request.pieces)
+            request.cost_nanousd = self._endpoint.accounts.cost_nanousd(request.usage)
+            return request.usage.prompt_tokens + request.usage.completion_tokens
+        # Of a call without an answer the provider may have read the prompt; to count the longest answer too, for each of many
+        # failures, would use up a limit that the provider has not touched.
+        return 0 if failure in _NOTHING_USED else self._work.prompt_tokens
+
+
+_NOTHING_USED = frozenset(
+    {
+        Failure.RATE_LIMITED,
+        Failure.REJECTED,
+        Failure.UNAUTHORIZED,
+        Failure.FORBIDDEN,
+        Failure.NOT_FOUND,
+        Failure.CONTEXT_LENGTH_EXCEEDED,
+    }
+)
+"""What a provider refuses before it computes anything."""
+
+
+def estimated(
+    told: generation_pb2.Usage | None, prompt_tokens: int, pieces: int
+) -> generation_pb2.Usage:
+    """The tokens of an answer that was cut off, or whose provider tells none: what was told until then, and guesses for the rest.
+
+    An answer has about as many tokens as pieces, or more; first figures that some providers send do not count what follows.
+    """
+    usage = generation_pb2.Usage(prompt_tokens=prompt_tokens)
+    if told is not None:
+        usage.CopyFrom(told)
+    usage.completion_tokens = max(usage.completion_tokens, pieces)
+    return usage

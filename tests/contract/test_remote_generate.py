@@ -1,0 +1,222 @@
+"""Answers of an engine in front of a provider: gRPC at one end, HTTP at the other."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+from caravan.engine.v1 import engine_service_pb2 as pb
+
+from services.dev.provider.faults import Fault, Kind
+from services.dev.provider.script import Script
+from services.runtime.errors import CaravanError
+from tests.support.remote import running_remote
+
+PROVIDERS = ("openai", "anthropic", "gemini", "litellm", "openai_compatible")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_an_answer_of_each_provider(provider: str) -> None:
+    """One start, the text, one end with the provider's own counts; nothing is left behind."""
+    async with running_remote(
+        Script(text="one two three", cached_tokens=1), provider=provider
+    ) as rig:
+        answer = await rig.run()
+        assert answer.text == "one two three"
+        assert answer.reason == "STOP"
+        assert answer.pieces >= 1
+        assert answer.usage.completion_tokens == 3
+        assert answer.usage.cached_tokens == 1
+        assert answer.usage.prompt_tokens > 1
+        await rig.idle()
+        assert rig.sample("caravan_remote_requests_total", outcome="succeeded") == 1
+        assert rig.sample("caravan_remote_attempts_total", outcome="succeeded") == 1
+        assert rig.sample("caravan_generated_tokens_total") == 3
+
+
+async def test_the_length_that_was_asked_for() -> None:
+    """A limit of the request reaches the provider, and so does its reason to stop."""
+    async with running_remote(Script(tokens=50)) as rig:
+        request = rig.request()
+        request.stop.max_tokens = 4
+        answer = await rig.run(request)
+        assert answer.reason == "LENGTH"
+        assert answer.usage.completion_tokens == 4
+
+
+async def test_what_comes_together_is_one_message() -> None:
+    """Pieces that the provider sends in one write, or that come while the writer is busy, travel together."""
+    async with running_remote(Script(tokens=500)) as rig:
+        answer = await rig.run()
+        assert answer.pieces == 500
+        assert answer.deltas < 50
+
+
+async def test_a_request_costs_what_the_table_says() -> None:
+    """Tokens times price, told with the end, to the coordinator by tenant, and in the metrics."""
+    price = {"inputUsd": 2, "outputUsd": 8, "cachedInputUsd": 1}
+    async with running_remote(Script(tokens=10, cached_tokens=1), price=price) as rig:
+        answer = await rig.run(rig.request(tenant="ants"))
+        usage = answer.usage
+        nanousd = (usage.prompt_tokens - 1) * 2000 + 1000 + 10 * 8000
+        assert answer.finished[0].cost_nanousd == nanousd
+        await rig.idle()
+        (spent,) = rig.engine.endpoint.accounts.spend.report()
+        assert (spent.tenant, spent.nanousd, spent.requests) == ("ants", nanousd, 1)
+        assert spent.completion_tokens == 10
+        assert rig.sample("caravan_remote_cost_usd_total") == pytest.approx(nanousd / 1e9)
+
+
+async def test_a_silent_stream_is_told_to_be_alive() -> None:
+    """While the provider thinks, progress comes; the times of the end say for how long it thought."""
+    async with running_remote(Script(tokens=1, delay_s=0.3)) as rig:
+        answer = await rig.run()
+        assert answer.progress >= 2
+        assert answer.finished[0].prefill_time.ToMilliseconds() >= 280
+
+
+async def test_connections_are_used_again() -> None:
+    """An answer that was read to its end leaves its connection to the next one."""
+    async with running_remote(Script(tokens=3)) as rig:
+        for _ in range(5):
+            await rig.run()
+        assert len({request.connection for request in rig.provider.requests}) == 1
+
+
+async def test_a_request_that_is_cancelled_ends_as_cancelled() -> None:
+    """Cancel ends the stream with FINISH_REASON_CANCELLED and what was used, and closes the provider's."""
+    async with running_remote(Script(tokens=1000, pace_s=0.01)) as rig:
+        request = rig.request()
+        running = asyncio.create_task(rig.run(request))
+        await rig.until(lambda: any(row.pieces > 3 for row in rig.engine.inflight.oldest_first()))
+        assert (await rig.stub.Cancel(pb.CancelRequest(request_id=request.request_id))).found
+        answer = await running
+        assert answer.reason == "CANCELLED"
+        assert 3 < answer.usage.completion_tokens < 1000
+        assert answer.usage.prompt_tokens > 0
+        async with asyncio.timeout(5):
+            await rig.provider.requests[0].closed_by_client.wait()
+        await rig.idle()
+        assert rig.sample("caravan_remote_requests_total", outcome="cancelled") == 1
+        assert not (await rig.stub.Cancel(pb.CancelRequest(request_id=request.request_id))).found
+
+
+async def test_a_client_that_leaves_closes_the_call_of_the_provider() -> None:
+    """The provider sees the close; what was used until then is counted (I5, I6)."""
+    async with running_remote(Script(tokens=1000, pace_s=0.01)) as rig:
+        call = rig.stub.Generate(rig.request(tenant="bees"))
+        await call.read()
+        await rig.until(lambda: any(row.pieces > 3 for row in rig.engine.inflight.oldest_first()))
+        call.cancel()
+        async with asyncio.timeout(5):
+            await rig.provider.requests[0].closed_by_client.wait()
+        await rig.idle()
+        (spent,) = rig.engine.endpoint.accounts.spend.report()
+        assert spent.tenant == "bees"
+        assert spent.completion_tokens > 3
+        assert rig.engine.endpoint.breaker.status(0).failures == 0
+
+
+async def test_what_the_engine_says_of_itself() -> None:
+    """Model, load and requests in flight, as gateways and the coordinator read them."""
+    async with running_remote(Script(tokens=1000, pace_s=0.01), workers=3) as rig:
+        status = await rig.stub.GetStatus(pb.GetStatusRequest())
+        assert status.model.name == "chat"
+        assert status.model.provider == "openai"
+        assert status.model.max_sequences == 3
+        assert status.model.cache_support == pb.CACHE_SUPPORT_OFF
+        assert status.model.cache_note
+        assert status.load.phase == pb.ENGINE_PHASE_IDLE
+        call = rig.stub.Generate(rig.request())
+        await rig.until(lambda: any(row.pieces for row in rig.engine.inflight.oldest_first()))
+        status = await rig.stub.GetStatus(pb.GetStatusRequest())
+        assert status.load.phase == pb.ENGINE_PHASE_GENERATING
+        assert status.load.active_sequences == 1
+        (row,) = (await rig.stub.ListInflight(pb.ListInflightRequest())).requests
+        assert row.phase == pb.REQUEST_PHASE_GENERATING
+        assert row.completion_tokens > 0
+        call.cancel()
+        await rig.idle()
+
+
+async def test_methods_that_need_the_model_itself() -> None:
+    """What a provider cannot do is refused by name, or answered with nothing."""
+    async with running_remote() as rig:
+        with pytest.raises(Exception, match="keeps no prompts"):
+            await rig.stub.PrefillOnly(pb.PrefillOnlyRequest(request_id="p"))
+        assert not (await rig.stub.EndSession(pb.EndSessionRequest(session_id="s"))).found
+        keys = [bytes(32), bytes([1] * 32)]
+        pieces = [p async for p in rig.stub.FetchBlocks(pb.FetchBlocksRequest(keys=keys))]
+        assert [(p.key, p.missing) for p in pieces] == [(key, True) for key in keys]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"request_id": ""}, "INVALID_VALUE"),
+        ({"request_id": "x" * 129}, "INVALID_VALUE"),
+        ({"tenant": "x" * 129}, "INVALID_VALUE"),
+        ({"resume": pb.Resume(token_ids=[1])}, "UNSUPPORTED_FIELD"),
+    ],
+)
+async def test_requests_that_are_refused(change: dict[str, object], reason: str) -> None:
+    """What cannot be asked of the provider never reaches it, and leaves nothing behind."""
+    async with running_remote() as rig:
+        request = rig.request()
+        request.MergeFrom(pb.GenerateRequest(**change))  # type: ignore[arg-type]
+        if change.get("request_id") == "":
+            request.request_id = ""
+        error = await rig.refusal(request)
+        assert error.reason == reason
+        assert not rig.provider.requests
+        await rig.idle()
+
+
+async def test_an_id_is_in_flight_once() -> None:
+    """A second request of the same id is refused, and the first goes on."""
+    async with running_remote(Script(tokens=20, pace_s=0.01)) as rig:
+        request = rig.request()
+        running = asyncio.create_task(rig.run(request))
+        await rig.until(lambda: rig.engine.inflight.depth == 1)
+        assert (await rig.refusal(request)).reason == "DUPLICATE_REQUEST"
+        assert (await running).pieces == 20
+
+
+async def test_a_slow_reader_holds_the_provider_back() -> None:
+    """What waits for a client that does not read is bounded: beyond it nothing more is taken from the provider (I4)."""
+    async with running_remote(Script(text=("x" * 1000 + " ") * 20_000, tokens=20_000)) as rig:
+        call = rig.stub.Generate(rig.request())
+        await call.read()
+        (row,) = rig.engine.inflight.oldest_first()
+        # gRPC's own buffers take some; then the outbox fills, and the count of pieces stands still.
+        await rig.until(lambda: row.outbox.is_full)
+        counts = []
+        for _ in range(3):
+            counts.append(row.pieces)
+            await asyncio.sleep(0.1)
+        assert all(before == after for before, after in pairwise(counts))
+        call.cancel()
+        await rig.idle()
+
+
+async def test_a_filter_ends_an_answer_with_its_reason() -> None:
+    """A provider that holds back the rest says so; the text until then stays."""
+    async with running_remote(Script(tokens=10)) as rig:
+        rig.provider.faults.add(Fault(Kind.FILTERED, after=4))
+        answer = await rig.run()
+        assert answer.reason == "CONTENT_FILTER"
+        assert answer.pieces >= 4
+        await rig.idle()
+        assert rig.sample("caravan_remote_requests_total", outcome="content_filtered") == 1
+
+
+async def test_a_deadline_of_the_caller_ends_the_call() -> None:
+    """The call of the provider is closed when the caller's time is over."""
+    async with running_remote(Script(tokens=1000, pace_s=0.05)) as rig:
+        with pytest.raises(CaravanError) as raised:
+            await rig.run(timeout_s=0.3)
+        assert raised.value.reason == "DEADLINE_EXCEEDED"
+        async with asyncio.timeout(5):
+            await rig.provider.requests[0].closed_by_client.wait()
+        await rig.idle()

@@ -21,8 +21,6 @@ KEY: Final = "provider/key/model"
 EPOCH_BEGIN: Final = 1_750_000_000.0
 """The wall clock at the start of the simulation."""
 REPORT_S: Final = 1.0
-SILENT_S: Final = 3.0
-"""Time after which the coordinator takes a silent engine for dead."""
 SWEEP_S: Final = 0.5
 
 

@@ -2,9 +2,9 @@
 
 `python -m bench.litellm [--trials 150]`. The provider is the scripted one, which costs both sides the same. Latency: one request at a
 time, in turn to the provider directly and through each of the two, with the same httpx client; streamed (to the first token) and plain (to
-the answer). What a side adds is the difference of the medians. CPU: rounds of requests, 8 at a time, in turn; what all processes of a
-side have spent in its own round, by the kernel's count. Streams are paced by the provider, as models do, so that every chunk travels
-by itself.
+the answer). What a side adds is the difference of the medians. CPU: rounds of requests of 64 tokens, 8 at a time, in turn; what all
+processes of a side have spent in its own round, by the kernel's count. Once the provider answers as fast as it can, and once it is paced as
+models are, so that every chunk travels by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ RATIO = 1 / 3
 AT_ONCE = 8
 TOKENS = 64
 FIRST_TOKENS = 4
-PACE_MS = 10
+PACES_MS = (0, 10)
+"""Between two tokens of the provider, for the CPU time."""
 WARM_UP = 20
 Ask = Callable[[str, int], Awaitable[Answer]]
 
@@ -47,10 +48,12 @@ class Side:
 
 @dataclass(slots=True)
 class Found:
-    """What was measured of one side: milliseconds and CPU milliseconds per request, by way of asking."""
+    """What was measured of one side: milliseconds by way of asking, and CPU milliseconds per request by way and pace."""
 
     latency_ms: dict[str, list[float]] = field(default_factory=lambda: {STREAM: [], PLAIN: []})
-    cpu_ms: dict[str, list[float]] = field(default_factory=lambda: {STREAM: [], PLAIN: []})
+    cpu_ms: dict[tuple[str, int], list[float]] = field(
+        default_factory=lambda: {(way, pace): [] for way in (STREAM, PLAIN) for pace in PACES_MS}
+    )
 
 
 async def latency(sides: Mapping[str, Side], trials: int, found: Mapping[str, Found]) -> None:
@@ -66,7 +69,7 @@ async def latency(sides: Mapping[str, Side], trials: int, found: Mapping[str, Fo
 
 
 async def cpu(
-    sides: Mapping[str, Side], rounds: int, requests: int, found: Mapping[str, Found]
+    sides: Mapping[str, Side], pace_ms: int, rounds: int, requests: int, found: Mapping[str, Found]
 ) -> None:
     """Rounds of requests, AT_ONCE at a time; what a side spends while the other is asked does not count."""
     for number in range(rounds + 1):
@@ -75,9 +78,10 @@ async def cpu(
                 before = tree_cpu_s(sides[name].pid)
                 await _many(ask, requests)
                 spent_ms = 1000 * (tree_cpu_s(sides[name].pid) - before) / requests
-                progress(f"CPU, round {number}, {name}, {way}: {spent_ms:.2f} ms a request")
+                said = f"CPU, {pace_ms} ms, round {number}, {name}, {way}"
+                progress(f"{said}: {spent_ms:.2f} ms a request")
                 if number:
-                    found[name].cpu_ms[way].append(spent_ms)
+                    found[name].cpu_ms[way, pace_ms].append(spent_ms)
 
 
 async def _many(ask: Ask, requests: int) -> None:
@@ -100,9 +104,10 @@ async def run(
     progress("latency")
     served.script(tokens=FIRST_TOKENS, pace_s=0)
     await latency(sides, trials, found)
-    served.script(tokens=TOKENS, pace_s=PACE_MS / 1000)
     compared = {name: side for name, side in sides.items() if name != DIRECT}
-    await cpu(compared, rounds, requests, found)
+    for pace_ms in PACES_MS:
+        served.script(tokens=TOKENS, pace_s=pace_ms / 1000)
+        await cpu(compared, pace_ms, rounds, requests, found)
     return found
 
 
@@ -116,8 +121,7 @@ def report(found: Mapping[str, Found]) -> Report:
     """The tables and the claims."""
     result = Report("litellm")
     result.notes.append(
-        f"scripted provider; client, provider and both sides on the same cores; CPU: {AT_ONCE} at a time, {TOKENS} tokens,"
-        f" {PACE_MS} ms between chunks of a stream"
+        f"scripted provider; client, provider and both sides on the same cores; CPU: {AT_ONCE} at a time, {TOKENS} tokens"
     )
     for way in (STREAM, PLAIN):
         rows = tuple(
@@ -126,31 +130,45 @@ def report(found: Mapping[str, Found]) -> Report:
                 f"{percentile(side.latency_ms[way], 0.5):.2f}",
                 f"{percentile(side.latency_ms[way], 0.99):.2f}",
                 f"{added(found, name, way):.2f}",
-                f"{median(side.cpu_ms[way]):.2f}" if side.cpu_ms[way] else "-",
             )
             for name, side in found.items()
         )
-        columns = ("way", "p50", "p99", "p50 added", "CPU of all processes, ms")
         what = "to the first token" if way == STREAM else "to the answer"
-        result.tables.append(Table(f"{way}: {what}, ms, and CPU per request", columns, rows))
-        result.claims += claims(found, way)
+        title = f"{way}: {what}, one at a time, ms"
+        result.tables.append(Table(title, ("way", "p50", "p99", "p50 added"), rows))
+    result.tables.append(cpu_table(found))
+    result.claims += claims(found)
     return result
 
 
-def claims(found: Mapping[str, Found], way: str) -> list[Claim]:
+def cpu_table(found: Mapping[str, Found]) -> Table:
+    """What a request costs each side."""
+    rows = tuple(
+        (
+            f"{way}, {f'{pace_ms} ms between tokens' if pace_ms else 'as fast as it goes'}",
+            *(f"{median(found[name].cpu_ms[way, pace_ms]):.2f}" for name in (OURS, THEIRS)),
+        )
+        for way in (STREAM, PLAIN)
+        for pace_ms in PACES_MS
+    )
+    return Table("CPU of all processes per request, ms", ("requests", OURS, THEIRS), rows)
+
+
+def claims(found: Mapping[str, Found]) -> list[Claim]:
     """A third of what LiteLLM adds, and of what it costs."""
-    return [
+    kept = [
         ceiling(
             f"{way}: added latency p50, ours / LiteLLM's",
             added(found, OURS, way) / added(found, THEIRS, way),
             RATIO,
-        ),
-        ceiling(
-            f"{way}: CPU per request, ours / LiteLLM's",
-            median(found[OURS].cpu_ms[way]) / median(found[THEIRS].cpu_ms[way]),
-            RATIO,
-        ),
+        )
+        for way in (STREAM, PLAIN)
     ]
+    for way, pace_ms in found[OURS].cpu_ms:
+        ours, theirs = (median(found[name].cpu_ms[way, pace_ms]) for name in (OURS, THEIRS))
+        paced = f"paced {pace_ms} ms" if pace_ms else "not paced"
+        kept.append(ceiling(f"{way}, {paced}: CPU, ours / LiteLLM's", ours / theirs, RATIO))
+    return kept
 
 
 async def measure(

@@ -41,7 +41,9 @@ class Costs:
             return NOTHING
         effects = self._judge(model, now)
         for tenant in charged:
-            effects += self._judge_tenant(model.rules, tenant, now)
+            told = self._judge_tenant(model.rules, tenant, now)
+            if told is not NOTHING:  # As for nearly all.
+                effects += told
         return effects
 
     def expire(self, now: float) -> Effects:

@@ -65,9 +65,9 @@ class RollingSum:
             leaves_at = float((number + self._span.buckets + 1) * self._span.bucket_s)
         return max(0.0, leaves_at - now)
 
-    def buckets(self) -> tuple[list[int], list[int]]:
+    def buckets(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The numbers of the buckets, counted from the epoch, and their amounts, oldest first."""
-        return list(self._numbers), list(self._amounts)
+        return tuple(self._numbers), tuple(self._amounts)
 
     def _expire(self, now: float) -> None:
         oldest = int(now // self._span.bucket_s) - self._span.buckets

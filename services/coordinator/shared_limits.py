@@ -21,8 +21,8 @@ KEYS_MAX: Final = 1024
 LIVES_MAX: Final = 1024
 """Most lives of engines that share one limit; for more, the same."""
 TELLINGS_PER_S: Final = 1.0
-_TELLINGS_BURST: Final = 2.0
-"""Reports come a second apart, give or take; one that comes a little early is answered too."""
+_TELLINGS_BURST: Final = 1.25
+"""Reports come a second apart, give or take: one that comes up to a quarter early is answered too."""
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 
@@ -64,14 +64,19 @@ class Amounts(NamedTuple):
 
 @dataclass(slots=True)
 class Account:
-    """What was spent, and when. Amounts of money within the hour and the day are in billionths of a US dollar."""
+    """What was spent, and when. Amounts of money within the hour and the day are in billionths of a US dollar.
+
+    `kept` is the account as it is kept in the file; None since it has changed.
+    """
 
     total: Amounts = field(default_factory=Amounts)
     hour: RollingSum = field(default_factory=lambda: RollingSum(HOUR))
     day: RollingSum = field(default_factory=lambda: RollingSum(DAY))
+    kept: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def add(self, amounts: Amounts, now: float) -> None:
         """Adds what was spent just now, in seconds since the epoch."""
+        pass
         self.total = self.total.plus(amounts)
         if amounts.nanousd:
             self.hour.add(amounts.nanousd, now)
@@ -106,6 +111,7 @@ class DeploymentSpend:
         if self.tenants[idle].day.sum(now):
             return False
         others = self.tenants.setdefault(OTHERS, Account())
+        others.kept = None
         others.total = others.total.plus(self.tenants.pop(idle).total)
         return True
 

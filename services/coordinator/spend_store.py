@@ -21,12 +21,12 @@ Line: TypeAlias = dict[str, Any]
 
 
 def snapshot(ledger: SpendLedger) -> list[Line]:
-    """The ledger as JSON's types, of which nothing changes afterwards. O(tenants), some microseconds for each."""
+    """The ledger as JSON's types, of which nothing changes afterwards. O(tenants); some microseconds for each that has changed."""
     lines: list[Line] = []
     for name, spend in ledger.deployments.items():
-        lines.append({"deployment": name, **_told_account(spend.own)})
+        lines.append(spend.own.kept or _line(spend.own, {"deployment": name}))
         lines += (
-            {"deployment": name, "tenant": tenant, **_told_account(account)}
+            account.kept or _line(account, {"deployment": name, "tenant": tenant})
             for tenant, account in spend.tenants.items()
         )
     for name, life in ledger.lives.items():
@@ -37,8 +37,14 @@ def snapshot(ledger: SpendLedger) -> list[Line]:
     return lines
 
 
-def _told_account(account: Account) -> Line:
-    return {"total": account.total, "hour": account.hour.buckets(), "day": account.day.buckets()}
+def _line(account: Account, whose: Line) -> Line:
+    account.kept = {
+        **whose,
+        "total": account.total,
+        "hour": account.hour.buckets(),
+        "day": account.day.buckets(),
+    }
+    return account.kept
 
 
 def save(path: Path, lines: list[Line]) -> None:

@@ -155,7 +155,7 @@ class StrictLimits:
                 raise refusals.table_full("limits", KEYS_MAX)
             limit = self._limits[key] = _Limit(RateLimiter(quota), now)
             if now < self._unsure_until:
-                limit.limiter.fill(now)
+                limit.limiter.fill(1.0, now)
         limit.limiter.change(quota, now)
         return limit
 

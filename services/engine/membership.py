@@ -90,22 +90,30 @@ class Membership:
         self._jitter = jitter
         self._change = asyncio.Event()
         self._welcomed = False
+        self._leaving = False
         self._interval_s = REPORT_INTERVAL_S
 
     def changed(self) -> None:
         """The engine's phase changed: report soon."""
         self._change.set()
 
+    def leave(self) -> None:
+        """Ends the session, and `run`, after a last report: what has been spent since the one before is told too."""
+        self._leaving = True
+        self._change.set()
+
     async def run(self) -> None:
-        """Joins, and joins again whenever the session ends."""
+        """Joins, and joins again whenever the session ends, until it is to leave."""
         attempt = 0
-        while True:
+        while not self._leaving:
             self._welcomed = False
             try:
                 await self._session()
                 why = "it ended the session"
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name}: {error.details()}"
+            if self._leaving:
+                return
             if self._welcomed:
                 attempt = 0
             pause = backoff_s(attempt, self._jitter())
@@ -150,17 +158,20 @@ class Membership:
         yield pb.JoinEngineRequest(register=register)
         loop = asyncio.get_running_loop()
         due = loop.time() + self._interval_s
-        while True:
+        is_last = False
+        while not is_last:
             try:
                 async with asyncio.timeout_at(due):
                     await self._change.wait()
-                    # Changes that come together are told together.
-                    await asyncio.sleep(REPORTS_APART_S)
+                    if not self._leaving:
+                        # Changes that come together are told together.
+                        await asyncio.sleep(REPORTS_APART_S)
             except TimeoutError:
                 pass
             self._change.clear()
+            is_last = self._leaving
             report = pb.EngineReport(model=self._member.model(), load=self._member.load())
-            if loop.time() >= due:
+            if is_last or loop.time() >= due:
                 due = loop.time() + self._interval_s
                 report.requests.extend(self._member.requests(REQUESTS_MOST))
                 if self._shared is not None:

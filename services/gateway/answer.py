@@ -23,6 +23,7 @@ class Answer:
         """The first start of the deployment that answers."""
         self._started_again = False
         self._start_shown = False
+        self._late_start: engine_pb.GenerateResponse | None = None
         self.tokens: array[int] = array("I")
         """Ids of the tokens that the client has been given, from the first."""
         self.resumable = True
@@ -43,8 +44,9 @@ class Answer:
     def take(self, event: engine_pb.GenerateResponse, kind: str | None) -> bool:
         """Takes the next event of the engine in charge; whether it is for the client. `kind` is the field that it sets.
 
-        The client sees one start. The end tells of the cache what the first start told: what later engines reused of the
-        prompt is no gain of the client's, who has waited for it before.
+        The client sees one start. One that knows nothing of the prompt, because a provider counts at the end, comes late: until
+        there is something of the answer, another deployment may make it. The end tells of the cache what the first start told: what
+        later engines reused of the prompt is no gain of the client's, who has waited for it before.
         """
         if kind == "delta":
             tokens = event.delta.token_ids
@@ -54,16 +56,29 @@ class Answer:
                 self.resumable = False
             return True
         if kind == "started":
-            self._started_again = self._started is not None
-            if self._started is None:
-                self._started = event.started
-            is_first, self._start_shown = not self._start_shown, True
-            return is_first
+            return self._start(event)
         if kind == "finished":
             self._finish(event.finished)
             return True
         # Progress, and events of newer engines.
         return False
+
+    def _start(self, event: engine_pb.GenerateResponse) -> bool:
+        if not event.started.prompt_tokens:
+            self._late_start = None if self._start_shown else event
+            return False
+        self._started_again = self._started is not None
+        if self._started is None:
+            self._started = event.started
+        is_first, self._start_shown = not self._start_shown, True
+        return is_first
+
+    def late_start(self) -> engine_pb.GenerateResponse | None:
+        """The start that the client must see before the event that was taken last; None: it has seen one, or there is none."""
+        event = self._late_start
+        if event is not None:
+            self._late_start, self._start_shown = None, True
+        return event
 
     def resume(self, generate: engine_pb.GenerateRequest) -> None:
         """Makes a request go on behind the tokens that the client has."""
@@ -73,11 +88,10 @@ class Answer:
 
     def fall_back(self) -> None:
         """Another deployment answers, from the beginning: what the start of the former one told of the prompt is not true of it."""
-        self._started = None
+        self._started = self._late_start = None
 
     def _finish(self, finished: engine_pb.Finished) -> None:
         self.finish_key = finished.finish_key
-        # A start without tokens of the prompt is that of an engine that learns them at the end.
-        if self._started is not None and self._started_again and self._started.prompt_tokens:
+        if self._started is not None and self._started_again:
             finished.usage.cached_tokens = self._started.cached_tokens
             finished.cache_hit = self._started.cache_hit

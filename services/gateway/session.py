@@ -266,6 +266,9 @@ class RequestSession:
             self._began = self._began or kind != "progress"
             if not self._answer.take(event, kind):
                 continue
+            late_start = self._answer.late_start()
+            if late_start is not None:
+                await self._relay.put(late_start)
             if kind == "delta":
                 self._note_pieces(pieces_of(event.delta))
             await self._relay.put(event)

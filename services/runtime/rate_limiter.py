@@ -3,7 +3,7 @@
 A reservation counts what a request is expected to use, and is settled with what it did use: the difference is given back, or is a
 debt for which later requests wait (W27).
 
-The rate is chosen such that rate and burst together keep the limit: with L a minute and a burst of B = 5 % of L, at least 1, the
+The rate is chosen such that rate and burst together keep the limit: with L a minute and a burst of B = 4 % of L, at least 1, the
 rate is L - B + 1 a minute. So no span of a minute, wherever it begins, has more than L (W26): with the rate L it could have
 L + B. Only a single cost larger than the burst can pass the limit, by what it is larger.
 """
@@ -17,7 +17,7 @@ from typing import Final
 from services.runtime.gcra import Gcra
 from services.runtime.slowdown import Slowdown
 
-BURST: Final = 0.05
+BURST: Final = 0.04
 """Part of a minute's limit that may come at once."""
 _TUNED_S: Final = 0.25
 """Time between two looks at how much of a lowered pace has come back."""
@@ -151,11 +151,11 @@ class RateLimiter:
         self._slowdown.throttled(retry_after_s, now)
         self._tune(now)
 
-    def fill(self, now: float) -> None:
-        """As if a burst had just gone through: for one who does not know what went before."""
+    def fill(self, part: float, now: float) -> None:
+        """As if this part of a burst had just gone through: for one who does not know what went before."""
         for gauge in (self._requests, self._tokens):
             if gauge is not None:
-                gauge.take(max(0.0, gauge.burst - gauge.level(now)), now)
+                gauge.take(max(0.0, part * gauge.burst - gauge.level(now)), now)
 
     def _tune(self, now: float) -> None:
         self._tuned_at = now

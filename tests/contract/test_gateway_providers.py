@@ -154,6 +154,17 @@ async def test_a_start_alone_binds_nobody() -> None:
         assert events[-1].finished.usage.prompt_tokens == 3
 
 
+async def test_the_start_is_that_of_who_answers() -> None:
+    """A provider that was asked and has said nothing yet is not named to anybody."""
+    called = started(prompt_tokens=0)
+    async with chained([called, failure("PROVIDER_FAILED")], GOOD) as rig:
+        call = rig.inference.Chat(pb.ChatRequest(model="demo", prompt=PROMPT))
+        events = [event async for event in call]
+        assert [e.WhichOneof("event") for e in events] == ["started", "delta", "finished"]
+        assert events[0].started.engine_id == "engine-2"
+        assert dict(await call.initial_metadata())["x-caravan-deployment"] == "spare"
+
+
 async def test_the_fallback_is_lost() -> None:
     """An engine of it that dies before it has said anything is replaced, by the rules of its own deployment."""
     engines = [FakeEngine([failure("RATE_LIMITED")]), FakeEngine([hang])]

@@ -4,83 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
-from caravan.core.v1 import chat_pb2, generation_pb2
+from caravan.core.v1 import generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
 from services.dev.provider.server import ScriptedProvider
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.http_client import ProviderClient
 from services.engine.remote.phases import Timeouts
 from services.engine.remote.provider import Provider
 from services.engine.remote.sse import EVENT_BYTES_MAX
-from services.engine.remote.wire import Outcome, Wire
-from services.engine.remote.wires import wire_for
-from services.runtime.clock import CountingIds, SystemClock
 from tests.support.ports import free_port
+from tests.support.provider_caller import KEY, caller
 
-KEY = "sk-scripted-0123456789"
 PROVIDERS = [Provider.OPENAI, Provider.ANTHROPIC, Provider.GEMINI]
 STOP = generation_pb2.FINISH_REASON_STOP
 every_wire = pytest.mark.parametrize("kind", PROVIDERS, ids=lambda kind: kind.value)
-
-
-class Caller:
-    """Makes calls and keeps what came of the last one."""
-
-    def __init__(self, wire: Wire, client: ProviderClient) -> None:
-        self.wire = wire
-        self.client = client
-        self.text = ""
-        self.batches = 0
-        self.heard = asyncio.Event()
-
-    async def call(self, **more: object) -> Outcome:
-        generate = pb.GenerateRequest(
-            chat=chat_pb2.ChatPrompt(
-                messages=[chat_pb2.ChatMessage(role=chat_pb2.ROLE_USER, content="hello")]
-            ),
-            **more,  # type: ignore[arg-type]
-        )
-        self.text, self.batches = "", 0
-        reader = self.wire.reader()
-        request = self.wire.request(generate, "m")
-        async with self.client.stream(request, self.wire.credential_headers(KEY)) as answer:
-            async for events in answer.batches():
-                assert events
-                self.batches += 1
-                self.heard.set()
-                for event in events:
-                    piece = reader.read(event.event, event.data)
-                    self.text += piece.text if piece else ""
-                    if reader.is_complete:
-                        break
-                if reader.is_complete:
-                    break
-        return reader.outcome()
-
-    async def failure(self) -> ProviderError:
-        with pytest.raises(ProviderError) as caught:
-            await self.call()
-        return caught.value
-
-
-@asynccontextmanager
-async def caller(
-    base_url: str, kind: Provider = Provider.OPENAI, timeouts: Timeouts | None = None
-) -> AsyncIterator[Caller]:
-    clock = SystemClock()
-    wire = wire_for(kind, redact=str, clock=clock, ids=CountingIds())
-    client = ProviderClient(kind, wire, base_url, timeouts or Timeouts(), clock)
-    try:
-        yield Caller(wire, client)
-    finally:
-        await client.aclose()
 
 
 @every_wire
@@ -314,6 +255,6 @@ async def test_no_error_holds_the_credential(caplog: pytest.LogCaptureFixture) -
         )
         await it.call()
         assert len(provider.requests) == 1
-    for name in ("hpack", "hpack.hpack", "httpcore.http11", "httpx"):
+    for name in ("httpcore.connection", "httpcore.http11", "httpx"):
         assert not logging.getLogger(name).isEnabledFor(logging.DEBUG)
     assert KEY not in caplog.text

@@ -13,7 +13,7 @@ from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
 from services.engine.remote.breaker import State
 from services.runtime.errors import CaravanError
-from tests.support.remote import FAST, KEY, Rig, running_remote
+from tests.support.remote import KEY, Rig, running_remote
 
 PROVIDERS = ("openai", "anthropic", "gemini")
 
@@ -261,7 +261,7 @@ async def test_a_worker_that_crashes_is_replaced(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A defect of ours ends its request once, with INTERNAL; all that it held is free again (W16)."""
-    async with running_remote(workers=1, **FAST) as rig:
+    async with running_remote(workers=1) as rig:
         wire = rig.engine.endpoint.wire
 
         def broken() -> Any:

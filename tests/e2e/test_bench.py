@@ -18,6 +18,7 @@ QUICK = {
     "latency": ["--trials", "3", "--rounds", "1", "--tokens", "50"],
     "memory": [],
     "overload": ["--seconds", "2"],
+    "remote": ["--trials", "3", "--rounds", "1", "--seconds", "0.3"],
 }
 
 

@@ -38,9 +38,9 @@ CLIENTS = 500
 WORKERS = 64
 QUEUED_MAX = 400
 OUTAGE = (10.0, 40.0)
-BROWNOUT = (80.0, 110.0)
+BROWNOUT = (95.0, 120.0)
 BROWNOUT_FAILS = 0.15
-ENDS_S = 120.0
+ENDS_S = 130.0
 DEADLINE_S = 8.0
 HANG_S = 5.0
 BREAKER = BreakerConfig(failure_threshold=10, open_s=3.0, half_open_max_probes=1)

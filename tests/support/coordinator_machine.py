@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TypeAlias
 
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
@@ -125,12 +126,13 @@ class SessionsMachine(RuleBasedStateMachine):
         assert reason == ("CAPACITY_EXHAUSTED" if full else None)
         if joined is None:
             return
+        self.check_told_again(life, joined[0], phase, joined[1])
         self.note_replaced(before, joined[1])
         self.sessions.append(joined[0])
         self.model.known.add(model)
         self.model.removed.discard(model)
         peer = Peer(engine_id, joined[0], self.clock.now, model, min(capacity, 3), phase, life)
-        peer.drained = before is not None and before.life == life and before.drained
+        peer.drained = self.model.orders.get(life) is not None
         self.model.engines.append(peer)
         mine = [c for c in self.model.claimed if c.engine_id == engine_id]
         self.model.claimed = [c for c in self.model.claimed if c not in mine]
@@ -171,9 +173,22 @@ class SessionsMachine(RuleBasedStateMachine):
         self.model.put_aside(self.model.claimed, claims, self.clock.now)
         self.adopt([h for h in held if h not in claims], joined[1])
 
+    def check_told_again(self, life: str, session: int, phase: Phase, effects: Effects) -> None:
+        """Whoever joins is told what was last said to this life of it, if that makes a difference."""
+        until = self.model.orders.get(life)
+        drains: tuple[DrainEngine, ...] = ()
+        undrains: tuple[UndrainEngine, ...] = ()
+        if until is not None:
+            grace_s = max(0.0, until - self.clock.now)
+            drains = (DrainEngine(session, grace_s, stop=False),)
+        elif life in self.model.orders and phase == engine_pb.ENGINE_PHASE_DRAINING:
+            undrains = (UndrainEngine(session),)
+        assert (effects.drains, effects.undrains) == (drains, undrains)
+
     def note_replaced(self, before: Peer | None, effects: Effects) -> None:
         if before is None:
-            assert effects == Effects(grants=effects.grants, adopted=effects.adopted)
+            told = replace(effects, grants=(), adopted=(), drains=(), undrains=())
+            assert told == Effects()
             return
         assert [(e.session, e.why) for e in effects.endings] == [(before.session, Ending.REPLACED)]
         self.sweep(before, effects)
@@ -223,6 +238,7 @@ class SessionsMachine(RuleBasedStateMachine):
             return
         if how in {"drain", "undrain"}:
             peer.drained = how == "drain"
+            self.model.orders[peer.life] = now + 5.0 if peer.drained else None
         else:
             peer.held_back = how == "hold"
         assert effects.drains == ((DrainEngine(peer.session, 5.0, False),) * (how == "drain"))  # noqa: FBT003

@@ -80,6 +80,8 @@ class Model:
         self.released: list[tuple[str, float]] = []
         self.rules: dict[str, Deployment] = {}
         self.known: set[str] = set()
+        self.orders: dict[str, float | None] = {}
+        """For each life to which a drain or undrain was said, until when the last of them drains; None: it undid that."""
         self.removed: set[str] = set()
 
     # --- counting ------------------------------------------------------------------------------------------------

@@ -85,9 +85,14 @@ class EngineClient:
     """Calls one engine."""
 
     def __init__(
-        self, stub: pb_grpc.EngineServiceAsyncStub, engine: Engine, metrics: EngineMetrics
+        self,
+        stub: pb_grpc.EngineServiceAsyncStub,
+        engine: Engine,
+        metrics: EngineMetrics,
+        address: str,
     ) -> None:
         self.stub = stub
+        self.address = address
         self.engine = engine
         self.metrics = metrics
         self._count = 0
@@ -225,8 +230,9 @@ async def running_engine(
             async with asyncio.timeout(30):
                 await loaded.wait()
                 await cache.opened.wait()
-        async with open_channel(f"127.0.0.1:{port}") as channel:
-            yield EngineClient(pb_grpc.EngineServiceStub(channel), engine, metrics)
+        address = f"127.0.0.1:{port}"
+        async with open_channel(address) as channel:
+            yield EngineClient(pb_grpc.EngineServiceStub(channel), engine, metrics, address)
     finally:
         engine.drain(0)
         await server.drain_and_stop()

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc
 from caravan.coordinator.v1.coordinator_service_pb2 import EngineRegistration
@@ -23,6 +23,7 @@ from services.engine.membership import Membership
 from services.engine.remote.accounts import Accounts
 from services.engine.remote.breaker import Breaker, Transition
 from services.engine.remote.credentials import Credential, CredentialError, CredentialSession
+from services.engine.remote.endpoint import Endpoint
 from services.engine.remote.engine import Identity, RemoteEngine
 from services.engine.remote.http_client import ProviderClient
 from services.engine.remote.metrics import RemoteMetrics
@@ -32,7 +33,6 @@ from services.engine.remote.rate_gate import RateGate, open_rate_gate
 from services.engine.remote.redaction import Redactor, redact_logs
 from services.engine.remote.remote_servicer import RemoteServicer
 from services.engine.remote.retry import Retry, RetryBudget
-from services.engine.remote.run import Endpoint
 from services.engine.remote.servicer import RemoteEngineServicer
 from services.engine.remote.settings import RemoteSettings
 from services.engine.remote.spend import SpendCounters
@@ -52,6 +52,8 @@ _SERVICES = [
 ]
 # Calls that are no requests get this long to end.
 _LAST_CALLS_S = 1.0
+# The coordinator gets a last report within this time.
+_LAST_REPORT_S = 1.0
 # What was used is settled with the coordinator when an engine stops.
 _SETTLE_PATIENCE_S = 2.0
 
@@ -63,7 +65,7 @@ class Process:
     settings: RemoteSettings
     options: EngineOptions
     incarnation: str
-    environ: Mapping[str, str]
+    environ: Mapping[str, str] = field(repr=False)
     clock: Clock
     tracing: Tracing
     metrics: RemoteMetrics
@@ -95,6 +97,8 @@ def build_engine(
         _LOG.warning("breaker: %s, after %s (%s)", after, before, transition.why)
 
     price = tariff(PriceTable.load(), options.told, settings.provider, options.model)
+    if price.price is None:
+        _LOG.warning("no price of %s is known: its requests count as free", options.model)
     endpoint = Endpoint(
         provider=settings.provider,
         model=options.model,
@@ -162,6 +166,7 @@ async def running(
     finally:
         await engine.stop()
         await cancel_all([watching])
+        credentials.close()
         await client.aclose()
         try:
             async with asyncio.timeout(_SETTLE_PATIENCE_S):
@@ -179,6 +184,7 @@ async def _serve_engine(
     server = ServiceServer(settings.address, _SERVICES, _LAST_CALLS_S)
     serving: set[asyncio.Task[None]] = set()
     background: list[asyncio.Task[None]] = []
+    membership: Membership | None = None
 
     def tell_health(takes_requests: bool) -> None:
         telling = asyncio.ensure_future(server.set_serving(takes_requests))
@@ -200,7 +206,8 @@ async def _serve_engine(
         engine.tell_health()
         if stub is not None:
             address = f"{settings.address.rpartition(':')[0]}:{port}"
-            background.append(asyncio.create_task(_join(stub, engine, address)))
+            membership = _membership(stub, engine, address)
+            background.append(asyncio.create_task(membership.run()))
         model = engine.model()
         _LOG.info("listening on port %d, serving %s: %s", port, model.name, model.description)
         try:
@@ -211,16 +218,20 @@ async def _serve_engine(
             if not await engine.emptied(settings.drain_grace_s):
                 _LOG.warning("%d requests did not end in time", engine.inflight.depth)
             await server.drain_and_stop()
+            if membership is not None:
+                # What was spent since its last report is told.
+                membership.leave()
+                await asyncio.wait(background, timeout=_LAST_REPORT_S)
         finally:
             await cancel_all([*background, *serving])
 
 
-async def _join(
+def _membership(
     stub: coordinator_service_pb2_grpc.CoordinatorServiceAsyncStub,
     engine: RemoteEngine,
     address: str,
-) -> None:
-    """Keeps the engine known to the coordinator, until it is cancelled."""
+) -> Membership:
+    """What keeps the engine known to the coordinator while it runs."""
     registration = EngineRegistration(
         engine_id=engine.identity.engine_id,
         address=address,
@@ -229,7 +240,7 @@ async def _join(
     )
     membership = Membership(stub, engine, registration, random_fraction, engine)
     engine.on_change = membership.changed
-    await membership.run()
+    return membership
 
 
 async def serve(settings: RemoteSettings, stopping: asyncio.Event | None = None) -> int:

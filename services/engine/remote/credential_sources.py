@@ -73,7 +73,7 @@ class FileSource:
         """Differs after a change; None where there is no file. Blocks."""
         try:
             return _signature(Path(self.path).stat())
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     def read(self, environ: Mapping[str, str]) -> Reading:

@@ -10,8 +10,10 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, TypeVar
 
 from caravan.engine.v1 import remote_service_pb2 as pb
 
@@ -25,10 +27,14 @@ from services.engine.remote.credential_sources import (
 from services.engine.remote.failure import Failure, ProviderError
 from services.runtime.clock import Clock
 
+T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
 
 CHECK_S: Final = 1.0
 """How often a file is looked at."""
+READ_S: Final = 5.0
+"""Longest wait for the place where a credential is: a file may be on a disk that hangs."""
 REFRESH_AHEAD_S: Final = 60.0
 """So long before it expires a credential is read again, until a newer one is found."""
 
@@ -72,6 +78,8 @@ class CredentialSession:
         self._current = Credential(0, "", None, clock.monotonic())
         self._rotated = False
         self._reading = asyncio.Lock()
+        # One thread of its own: a disk that hangs takes this one, and not those that the loop resolves names with.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="credential")
         self._failures = 0
         self._failure: CredentialError | None = None
         self._signature: tuple[int, ...] | None = None
@@ -138,13 +146,18 @@ class CredentialSession:
         async with self._reading:
             if self._rotated:
                 return
-            signature = await asyncio.to_thread(source.signature)
-            if signature == self._signature and not self._expires_soon():
-                return
             try:
-                await self._read(source, only_news=True)
+                signature = await self._in_thread(source.signature)
+                if signature != self._signature or self._expires_soon():
+                    await self._read(source, only_news=True)
+            except SourceError as error:
+                self._note(source, error)
             except CredentialError:
-                return
+                return  # It is noted.
+
+    def close(self) -> None:
+        """Lets its thread go, without waiting for a disk that hangs."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def status(self) -> pb.CredentialStatus:
         """What an operator may see."""
@@ -169,9 +182,9 @@ class CredentialSession:
         """Reads and adopts, with the lock held. `only_news`: not what is known already."""
         try:
             # Also where nothing blocks: one path for all sources.
-            reading = await asyncio.to_thread(source.read, self._environ)
+            reading = await self._in_thread(partial(source.read, self._environ))
         except SourceError as error:
-            self._fail(CredentialError(f"{source}: {error}"))
+            raise self._note(source, error) from None
         else:
             self._failure = None
             self._signature = reading.signature
@@ -179,12 +192,22 @@ class CredentialSession:
             if not only_news or (reading.secret, reading.expires_at) != known:
                 self._adopt(reading)
 
-    def _fail(self, error: CredentialError) -> None:
-        if self._failure is None or self._failure.detail != error.detail:
-            _log.warning("the credential cannot be read, the old one stays: %s", error.detail)
+    async def _in_thread(self, look: Callable[[], T]) -> T:
+        """What `look` returns or raises; SourceError if it takes too long."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(READ_S):
+                return await loop.run_in_executor(self._thread, look)
+        except TimeoutError:
+            raise SourceError(f"the place does not answer within {READ_S:g} s") from None
+
+    def _note(self, source: Source, error: SourceError) -> CredentialError:
+        failure = CredentialError(f"{source}: {error}")
+        if self._failure is None or self._failure.detail != failure.detail:
+            _log.warning("the credential cannot be read, the old one stays: %s", failure.detail)
         self._failures += 1
-        self._failure = error
-        raise error
+        self._failure = failure
+        return failure
 
     def _adopt(self, reading: Reading) -> None:
         credential = Credential(

@@ -153,7 +153,12 @@ class Dispatcher:
     ) -> None:
         request = job.request
         request.task = None
-        error = None if task.cancelled() else task.exception()
+        error: BaseException | None = None
+        if not task.cancelled():
+            error = task.exception()
+        elif not job.is_dropped:
+            # Nobody of ours has cancelled it: a library did, or a defect.
+            error = asyncio.CancelledError()
         if error is None:
             self.pool.idle(worker, dispatch_id)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -18,13 +18,14 @@ from services.engine.drain import Drain
 from services.engine.progress import ProgressTimer
 from services.engine.rate import Rate
 from services.engine.remote.dispatcher import Dispatcher, Job
+from services.engine.remote.endpoint import Endpoint
 from services.engine.remote.estimate import expected_tokens, prompt_tokens
 from services.engine.remote.messages import inflight_request
 from services.engine.remote.options import EngineOptions
 from services.engine.remote.outbox import Outbox
 from services.engine.remote.request import Request, Work
 from services.engine.remote.request_queue import RequestQueue
-from services.engine.remote.run import Endpoint, Run
+from services.engine.remote.run import Run
 from services.engine.remote.workers import WorkerPool
 from services.engine.request_table import RequestTable
 from services.runtime.errors import CaravanError
@@ -65,14 +66,11 @@ class RemoteEngine:
         self._clock = endpoint.clock
         self._failure = ""
         self._progress_s = progress_s
-        self.inflight = RequestTable(
-            identity.model_name,
-            options.workers + options.queue_capacity,
-            _RETRY_AFTER_S,
-            Request,
-        )
+        most = options.workers + options.queue_capacity
+        self.inflight = RequestTable(identity.model_name, most, _RETRY_AFTER_S, Request)
         self.dispatcher = Dispatcher(
-            RequestQueue[Job](options.queue_capacity, identity.model_name),
+            # The table bounds those who wait; who comes back for another attempt always finds a place.
+            RequestQueue[Job](most, identity.model_name),
             WorkerPool(options.workers),
             self._clock,
             queues=options.patience,
@@ -90,11 +88,16 @@ class RemoteEngine:
 
     def start(self) -> None:
         """Begins to serve."""
-        self._background.append(asyncio.create_task(self._tick()))
+        self._in_background(self._tick())
         if self._progress_s:
             # The loop that asks is the one that does the work.
             timer = ProgressTimer(self._progress_s, count(1).__next__, self._streams)
-            self._background.append(asyncio.create_task(timer.run()))
+            self._in_background(timer.run())
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_tell_defect)
+        self._background.append(task)
 
     async def stop(self) -> None:
         """Ends all calls."""
@@ -285,7 +288,7 @@ class RemoteEngine:
             workers=pool.count,
             replaced_workers=pool.replaced,
             queued=self.dispatcher.waiting,
-            queue_capacity=self._options.queue_capacity,
+            queue_capacity=self._options.queue_capacity if self._options.patience else 0,
             credential=endpoint.credentials.status(),
             price=None if price is None else price.to_message(),
             price_date=endpoint.accounts.tariff.date if price is not None else "",
@@ -324,3 +327,8 @@ class RemoteEngine:
 def _draining() -> CaravanError:
     """Another engine is to take the request."""
     return CaravanError("DRAINING", "The engine is being drained.", retry_after_s=_RETRY_AFTER_S)
+
+
+def _tell_defect(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        _LOG.error("a task of the engine has ended", exc_info=task.exception())

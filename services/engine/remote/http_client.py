@@ -1,4 +1,9 @@
-"""Calls to a provider over HTTP (S3.17, W28): kept connections, HTTP/2 where it is offered, and no failure but ProviderError."""
+"""Calls to a provider over HTTP/1.1 (S3.17, W28): kept connections, and no failure but ProviderError.
+
+Not over HTTP/2: httpcore does not reset the stream of a call that is given up. The provider would go on computing what nobody reads and
+somebody pays, its bytes would fill the window that all streams of the connection share, and after as many as the provider allows at a
+time no call could be made at all. Over HTTP/1.1 the connection is closed, and the provider sees it.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +59,6 @@ class ProviderClient:
         self._clock = clock
         self._http = httpx.AsyncClient(
             headers=_HEADERS,
-            http2=True,
             # Time is limited by phase, by one timer for each call.
             timeout=httpx.Timeout(None),
             limits=httpx.Limits(
@@ -131,6 +135,6 @@ class ProviderClient:
 
 
 def _quiet_libraries() -> None:
-    """HTTP/2's header compression logs every header, credentials too, and httpx a line for each call."""
-    for name in ("hpack", "httpcore", "httpx"):
+    """They log a line for each call at least, and headers at the level of debugging."""
+    for name in ("httpcore", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from caravan.engine.v1 import remote_options_pb2 as pb
@@ -53,7 +53,7 @@ class EngineOptions:
     queue_capacity: int
     default_max_tokens: int
     policy: pb.QueuePolicy.ValueType
-    told: pb.RemoteOptions
+    told: pb.RemoteOptions = field(repr=False)  # It may hold the secret itself.
 
     @property
     def patience(self) -> bool:

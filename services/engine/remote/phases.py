@@ -64,7 +64,7 @@ class PhaseTimer:
         self._began = self._clock.monotonic()
         limit_s = self._timeouts.of(phase)
         self._ends = None if limit_s is None else self._loop.time() + limit_s
-        if self._limit is not None:
+        if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(self._ends)
 
     async def __aenter__(self) -> None:

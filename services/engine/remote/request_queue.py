@@ -33,7 +33,7 @@ _RETRY_S: Final = 1.0
 
 
 class RequestQueue(Generic[Item]):
-    """Items that wait, each at most once. Times are monotonic seconds and never go back. Operations are O(log n) amortized."""
+    """Items that wait, each at most once. Times are monotonic seconds. Operations are O(log n) amortized."""
 
     def __init__(self, capacity: int, model: str, aging_s: float = AGING_S) -> None:
         """`capacity`: most items that wait; `model` is told to whom it is full."""
@@ -56,10 +56,13 @@ class RequestQueue(Generic[Item]):
         self,
         item: Item,
         priority: scheduling_pb2.Priority.ValueType,
-        now: float,
+        arrived: float,
         deadline: float = math.inf,
     ) -> None:
-        """Adds an item, which must not be there. Raises CaravanError (CAPACITY_EXHAUSTED) when full."""
+        """Adds an item, which must not be there. Raises CaravanError (CAPACITY_EXHAUSTED) when full.
+
+        `arrived` is earlier than now for one that comes back, which then has its old place.
+        """
         if item in self._numbers or item in self._late:
             raise ValueError("the item waits already")
         if len(self) >= self._capacity:
@@ -75,7 +78,7 @@ class RequestQueue(Generic[Item]):
         self._numbers[item] = number
         self._waiting[number] = item
         rank = _RANKS.get(priority, _NORMAL)
-        heapq.heappush(self._order, (now + rank * self._aging_s, number))
+        heapq.heappush(self._order, (arrived + rank * self._aging_s, number))
         if deadline < math.inf:
             heapq.heappush(self._deadlines, (deadline, number))
 

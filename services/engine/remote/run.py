@@ -8,52 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from caravan.core.v1 import generation_pb2
 
-from services.engine.remote.accounts import Accounts
-from services.engine.remote.breaker import Breaker, Permit
-from services.engine.remote.credentials import Credential, CredentialError, CredentialSession
+from services.engine.remote.breaker import Permit
+from services.engine.remote.credentials import Credential, CredentialError
 from services.engine.remote.dispatcher import deadline_exceeded
+from services.engine.remote.endpoint import Endpoint
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.http_client import ProviderClient
-from services.engine.remote.metrics import CANCELLED, SUCCEEDED, RemoteMetrics
-from services.engine.remote.rate_gate import RateGate, RatePermit
-from services.engine.remote.redaction import Redactor
+from services.engine.remote.metrics import CANCELLED, SUCCEEDED
+from services.engine.remote.rate_gate import RatePermit
 from services.engine.remote.request import Phase, Request, Work
-from services.engine.remote.retry import Retry
-from services.engine.remote.wire import AnswerReader, Outcome, Wire
-from services.runtime.clock import Clock
+from services.engine.remote.wire import AnswerReader, Outcome
 from services.runtime.errors import CaravanError
-from services.runtime.telemetry import Tracing
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A provider as all requests of an engine share it, with what protects it and us.
-
-    `patience` is whether a request may wait for the rate limit; `total_s` is the longest time for all attempts, or None;
-    `fraction` draws from [0, 1).
-    """
-
-    provider: str
-    model: str
-    wire: Wire
-    client: ProviderClient
-    gate: RateGate
-    breaker: Breaker
-    retry: Retry
-    credentials: CredentialSession
-    redactor: Redactor
-    accounts: Accounts
-    metrics: RemoteMetrics
-    tracing: Tracing
-    clock: Clock
-    fraction: Callable[[], float]
-    patience: bool
-    total_s: float | None
 
 
 class Run:
@@ -141,17 +109,14 @@ class Run:
             try:
                 return await self._permitted(credential, rate, permit)
             finally:
-                permit.abandon(
-                    clock.monotonic()
-                )  # Does nothing where it has ended, as it should have.
+                # Nothing happens where they have ended, as they should have.
+                permit.abandon(clock.monotonic())
         finally:
             rate.withdraw()
 
     def _begin(self) -> None:
-        if self._request.attempts == 0:
-            self._endpoint.retry.first_attempt()
-            if self._endpoint.total_s is not None:
-                self._ends_at = self._endpoint.clock.monotonic() + self._endpoint.total_s
+        if self._request.attempts == 0 and self._endpoint.total_s is not None:
+            self._ends_at = self._endpoint.clock.monotonic() + self._endpoint.total_s
         self._request.attempts += 1
         self._was_called = False
 
@@ -221,6 +186,8 @@ class Run:
         self._was_called = True
         if request.called is None:
             request.called = called
+            # Not before: a request that the breaker or the limit refuses loads nobody, and earns no retries for others.
+            endpoint.retry.first_attempt()
             endpoint.metrics.queue_seconds.observe(called - request.arrived)
             outbox.start()
         headers: Mapping[str, str] = {}
@@ -251,8 +218,8 @@ class Run:
                     await outbox.room()
         return reader.outcome()
 
-    def _used(self, reader: AnswerReader, failure: Failure | None, *, is_whole: bool) -> int | None:
-        """Notes what the attempt has used; returns its tokens, None where nobody can know."""
+    def _used(self, reader: AnswerReader, failure: Failure | None, *, is_whole: bool) -> int:
+        """Notes what the attempt has used; returns its tokens, as far as anybody can know."""
         request = self._request
         if self._has_begun:
             told = reader.usage_so_far()

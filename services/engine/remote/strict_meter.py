@@ -28,6 +28,8 @@ ANSWER_S: Final = 2.0
 AWAY_RETRY_S: Final = 1.0
 CALL_S: Final = 10.0
 """Time after which a call to the coordinator is given up. A grant that comes later than ANSWER_S is given back."""
+CLOSE_S: Final = 2.0
+"""Longest time for what is still to be settled when the engine stops; its session's end does the rest."""
 SETTLE_TRIES: Final = 8
 SETTLE_FIRST_S: Final = 0.2
 """Pause after the first failure to settle; it doubles."""
@@ -132,7 +134,11 @@ class StrictMeter:
 
     async def close(self) -> None:
         """Waits until the permits that have ended are settled, as far as the coordinator is there."""
-        await asyncio.gather(*self._tasks)
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=CLOSE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
 
 class StrictPermit:

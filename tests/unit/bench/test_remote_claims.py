@@ -32,8 +32,12 @@ def test_a_remote_engine_is_judged_by_what_it_adds_and_what_a_core_carries() -> 
 
 
 def _side(latency_ms: float, cpu_ms: float) -> litellm.Found:
-    both = litellm.STREAM, litellm.PLAIN
-    return litellm.Found({way: [latency_ms] for way in both}, {way: [cpu_ms] for way in both})
+    found = litellm.Found()
+    for values in found.latency_ms.values():
+        values.append(latency_ms)
+    for values in found.cpu_ms.values():
+        values.append(cpu_ms)
+    return found
 
 
 @pytest.mark.parametrize(("ours", "kept"), [((4.0, 6.9), True), ((4.1, 7.1), False)])
@@ -47,7 +51,7 @@ def test_litellm_is_compared_by_what_each_adds_to_the_provider(
         litellm.THEIRS: _side(10.0, 21.0),
     }
     report = litellm.report(found)
-    assert len(report.claims) == 4
+    assert len(report.claims) == 6
     assert {claim.kept for claim in report.claims} == {kept}
 
 

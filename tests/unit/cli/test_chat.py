@@ -137,6 +137,12 @@ def test_an_error_event_is_raised() -> None:
         next(stream)
 
 
+def test_a_model_that_refuses_is_heard() -> None:
+    """It says so in a field of its own."""
+    refusal = _event("No.").replace('"content"', '"refusal"')
+    assert list(pieces(_lines(refusal, "data: [DONE]\n\n"))) == ["No."]
+
+
 @pytest.mark.parametrize("tail", ["", "data: {", "data: [1]\n\n"])
 def test_a_cut_stream_is_no_answer(tail: str) -> None:
     """A stream without [DONE], or with nonsense in it, is not taken for a whole answer."""

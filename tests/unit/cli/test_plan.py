@@ -235,6 +235,7 @@ def test_the_coordinator_is_told_of_deployments() -> None:
     told = coordinator.environment
     assert told["CARAVAN_COORDINATOR_DEPLOYMENTS"] == "/state/models.toml"
     assert told["CARAVAN_COORDINATOR_DEPLOYMENTS_STATE"] == "/state/deployments.json"
+    assert told["CARAVAN_COORDINATOR_SPEND_STATE"] == "/state/spend.jsonl"
     given = replace(OPTIONS, models=(), deployments=Path("/d.toml"))
     (coordinator,) = _plan(given).of_kind("coordinator")
     assert coordinator.environment["CARAVAN_COORDINATOR_DEPLOYMENTS"] == "/d.toml"

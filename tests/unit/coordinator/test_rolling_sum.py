@@ -49,5 +49,5 @@ def test_a_clock_that_goes_back_moves_nothing_into_the_past() -> None:
     rolling = RollingSum(HOUR)
     rolling.add(3, 10_000)
     rolling.add(4, 5_000)
-    assert rolling.buckets() == ([166], [7])
+    assert rolling.buckets() == ((166,), (7,))
     assert rolling.sum(10_000 + 3_500) == 7

@@ -117,7 +117,7 @@ def test_a_command_that_the_stream_has_lost_is_said_again() -> None:
     assert effects.undrains == (UndrainEngine(session),)
     state.end_session(session, 8.0)
     session, effects = join(state, now=9.0)
-    assert effects.undrains == effects.drains == ()
+    assert (effects.undrains, effects.drains) == ((), ())
     # Another life of the process was told nothing.
     state.drain_engine("engine", 10.0, stop=False, now=10.0)
     state.end_session(session, 11.0)

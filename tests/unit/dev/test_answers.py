@@ -45,7 +45,7 @@ def test_an_answer_is_as_long_as_it_may_be() -> None:
 
 
 def test_the_first_stop_text_ends_the_answer() -> None:
-    asked = replace(ASKED, stop=("never", "ee f", " two"))
+    asked = replace(ASKED, stop=("never", " two", "ee f"))
     found = compose(asked, Script(text="one two three four"))
     assert ("".join(found.pieces), found.finish, found.stop_text) == ("one", "stop", " two")
 

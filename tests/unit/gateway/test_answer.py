@@ -84,6 +84,34 @@ def test_a_start_that_knew_nothing_tells_nothing() -> None:
     """A provider counts at the end: what it says then is what the client gets."""
     unknown = started(prompt_tokens=0, cached_tokens=0)
     assert _end_after(unknown, unknown) == (1, generation_pb2.CACHE_HIT_EXACT)
+    assert _end_after(unknown, started(cached_tokens=2)) == (1, generation_pb2.CACHE_HIT_EXACT)
+
+
+def test_a_start_that_knew_nothing_comes_late() -> None:
+    """Until there is something of the answer another deployment may make it, and the client is not told of the first one."""
+    answer = Answer()
+    for _ in range(2):
+        assert not _take(answer, started(prompt_tokens=0))
+    assert not answer.any_events
+    last = started(prompt_tokens=0, cached_tokens=7)
+    _take(answer, last)
+    assert _take(answer, delta("a"))
+    assert answer.late_start() is last
+    _take(answer, delta("b"))
+    assert answer.late_start() is None
+    _take(answer, started(prompt_tokens=0))
+    _take(answer, delta("c"))
+    assert answer.late_start() is None, "one start"
+
+
+def test_the_start_of_a_deployment_that_failed_is_forgotten() -> None:
+    """The client sees that of the one that answers."""
+    answer = Answer()
+    _take(answer, started(prompt_tokens=0))
+    answer.fall_back()
+    assert _take(answer, started())
+    _take(answer, delta("a"))
+    assert answer.late_start() is None
 
 
 def test_the_start_of_a_deployment_that_failed_tells_nothing() -> None:

@@ -215,11 +215,6 @@ def test_an_error_holds_no_credential() -> None:
     assert caught.value.message == "OpenAI says: key [redacted]"
 
 
-@pytest.mark.parametrize("data", ["", " "])
-def test_events_without_data_add_nothing(data: str) -> None:
-    """Signs of life."""
-    if data:
-        with pytest.raises(ProviderError):
-            wire_of(OPENAI).reader().read("", data)
-    else:
-        assert wire_of(OPENAI).reader().read("", data) is None
+def test_an_event_without_data_adds_nothing() -> None:
+    """A sign of life."""
+    assert wire_of(OPENAI).reader().read("", "") is None

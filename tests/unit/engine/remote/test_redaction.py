@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.redaction import KEPT_MAX, REDACTED, Redactor, redact_logs
 
-SECRET = 'sk-canary/4f+9="Ab\\c%d'
+SECRET = 'sk-canary/4f+9="Ab\\c%d??>>~~'
 # What a header can carry and a secret may be.
 SECRETS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=12, max_size=60)
 AROUND = st.text(max_size=40)

@@ -54,6 +54,17 @@ def test_ten_seconds_are_worth_one_step() -> None:
     assert drain(queue, 30.0) == "high 9.9 normal high 10 critical 29.9 background critical 30"
 
 
+def test_who_comes_back_has_its_old_place() -> None:
+    """Between two attempts a request does not wait here; what came meanwhile is behind it all the same."""
+    queue = queue_of()
+    for name in ("first", "second", "third"):
+        queue.push(name, NORMAL, float(len(queue)))
+    assert queue.pop(5.0) == "first"
+    queue.push("fourth", NORMAL, 6.0)
+    queue.push("first", NORMAL, 0.0)
+    assert drain(queue, 7.0) == "first second third fourth"
+
+
 def test_a_full_queue_refuses_and_keeps_what_it_has() -> None:
     """With a retry time; leaving makes room."""
     queue = queue_of(2)
@@ -167,18 +178,19 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         name=st.sampled_from("abcdefgh"),
         rank=st.integers(0, 3),
+        ago=st.sampled_from([0.0, 0.0, 1.0, 10.0]),
         for_s=st.sampled_from([-1.0, 0.0, 2.0, 12.0, math.inf, math.inf]),
     )
-    def push(self, name: str, rank: int, for_s: float) -> None:
+    def push(self, name: str, rank: int, ago: float, for_s: float) -> None:
         if name in [item.name for item in self.waiting]:
             return
-        deadline = self.now + for_s
+        arrived, deadline = self.now - ago, self.now + for_s
         if len(self.waiting) >= self.capacity:
             with pytest.raises(CaravanError):
-                self.queue.push(name, ORDER[rank], self.now, deadline)
+                self.queue.push(name, ORDER[rank], arrived, deadline)
             return
-        self.queue.push(name, ORDER[rank], self.now, deadline)
-        self.waiting.append(Waiting(name, rank, self.now, deadline))
+        self.queue.push(name, ORDER[rank], arrived, deadline)
+        self.waiting.append(Waiting(name, rank, arrived, deadline))
 
     @rule()
     def pop(self) -> None:

@@ -14,11 +14,11 @@ from prometheus_client.registry import Collector
 from services.coordinator.cost_metrics import CostMetrics
 from services.coordinator.deployment_status import State
 from services.coordinator.effects import Effects, Ending
+from services.coordinator.limit_metrics import LimitMetrics
 from services.coordinator.state import CoordinatorState
 from services.runtime.errors import TABLE
 
 GRANTED = "granted"
-REFUSED = "refused"
 _QUEUE_BUCKETS_S = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -125,27 +125,11 @@ class CoordinatorMetrics:
         )
         for why in Ending:
             self._ended.labels(why.name.lower())
-
-        self._permits = Counter(
-            "caravan_limit_answers_total",
-            "Answers to AcquireLimit: granted, or refused for now.",
-            ["result"],
-            registry=registry,
-        )
-        for result in (GRANTED, REFUSED):
-            self._permits.labels(result)
-        Gauge(
-            "caravan_limit_permits", "Permits of strict limits that are held.", registry=registry
-        ).set_function(lambda: len(state.rates.strict))
-        Gauge(
-            "caravan_limit_keys",
-            "Limits of providers, those that engines share and those for which they ask.",
-            registry=registry,
-        ).set_function(lambda: len(state.rates.shared) + state.rates.strict.keys)
+        self._limits = LimitMetrics(registry, state)
 
     def count_permit(self, *, is_granted: bool) -> None:
         """One answer to AcquireLimit."""
-        self._permits.labels(GRANTED if is_granted else REFUSED).inc()
+        self._limits.count(is_granted=is_granted)
 
     def count_grant(self, queued_s: float, *, fell_back: bool) -> None:
         """One lease that was granted after `queued_s` seconds in the queue, by the deployment asked for or a fallback."""

@@ -38,6 +38,11 @@ def of_provider(deployment: Deployment) -> Iterator[tuple[str, str]]:
     remote = (deployment.remote or Remote()).to_message()
     mistakes = remote_options.find_mistakes(remote, runtime.value, inline_allowed=False)
     yield from ((f"remote.{field}", message) for field, message in mistakes)
+    if not deployment.idempotent and not _calls_once(remote):
+        yield (
+            "remote.retry.max_retries",
+            "must be 0 where requests must not run twice: idempotent is false",
+        )
     falls_back = remote.on_capacity_exhausted == pb.QUEUE_POLICY_FALLBACK
     if falls_back and not any(_OF_THE_ENGINE & other.reasons for other in deployment.fallback):
         yield (
@@ -45,6 +50,11 @@ def of_provider(deployment: Deployment) -> Iterator[tuple[str, str]]:
             "fallback needs a fallback that is for the reasons capacity or rate_limited",
         )
     yield from _of_budget(deployment.budget)
+
+
+def _calls_once(remote: pb.RemoteOptions) -> bool:
+    # A call that failed may have begun at the provider: its engine is not told whether that matters, but for this.
+    return remote.retry.HasField("max_retries") and remote.retry.max_retries == 0
 
 
 def _of_none(deployment: Deployment) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,7 @@ class Account:
 
     def add(self, amounts: Amounts, now: float) -> None:
         """Adds what was spent just now, in seconds since the epoch."""
-        pass
+        self.kept = None
         self.total = self.total.plus(amounts)
         if amounts.nanousd:
             self.hour.add(amounts.nanousd, now)

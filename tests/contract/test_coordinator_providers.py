@@ -117,6 +117,14 @@ async def test_options_survive_a_start(tmp_path: Path) -> None:
         assert (await _record(coordinator)).revision == revision
 
 
+async def test_a_request_that_must_not_run_twice_is_not_tried_twice() -> None:
+    """Whoever says the one says the other (S3.8)."""
+    once = remote_pb.RemoteOptions(retry=remote_pb.RetryPolicy(max_retries=0))
+    async with running_coordinator() as coordinator:
+        told = await _apply(coordinator, _chat(idempotent=False, remote=once))
+        assert not told.mistakes
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -125,6 +133,7 @@ async def test_options_survive_a_start(tmp_path: Path) -> None:
         ({"budget": pb.Budget(on_exceeded=7)}, "budget.on_exceeded"),  # type: ignore[arg-type]
         ({"remote": remote_pb.RemoteOptions(workers=0)}, "remote.workers"),
         ({"remote": remote_pb.RemoteOptions(timeouts=NEGATIVE)}, "remote.timeouts.first_byte"),
+        ({"idempotent": False}, "remote.retry.max_retries"),
         ({"runtime": pb.RUNTIME_LLAMA_CPP}, "remote"),
     ],
 )

@@ -6,10 +6,13 @@ import asyncio
 
 import pytest
 from caravan.engine.v1 import engine_service_pb2 as pb
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
 from services.runtime.errors import CaravanError
+from services.runtime.telemetry import OtelTracing
 from tests.support.remote import running_remote
 
 PROVIDERS = ("openai", "anthropic", "gemini", "litellm", "openai_compatible")
@@ -65,6 +68,31 @@ async def test_a_request_costs_what_the_table_says() -> None:
         assert (spent.tenant, spent.nanousd, spent.requests) == ("ants", nanousd, 1)
         assert spent.completion_tokens == 10
         assert rig.sample("caravan_remote_cost_usd_total") == pytest.approx(nanousd / 1e9)
+
+
+async def test_a_trace_has_a_part_for_each_attempt() -> None:
+    """One span for the request with what was used, and below it one for each call with what became of it."""
+    spans = InMemorySpanExporter()
+    tracing = OtelTracing("engine", SimpleSpanProcessor(spans))
+    async with running_remote(Script(tokens=4), tracing=tracing) as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=503))
+        await rig.run()
+        await rig.idle()
+    tracing.shutdown()
+    first, second, request = spans.get_finished_spans()
+    assert request.name == "generate"
+    told = dict(request.attributes or {})
+    assert told["gen_ai.operation.name"] == "chat"
+    assert told["gen_ai.provider.name"] == "openai"
+    assert told["gen_ai.request.model"] == "gpt-4o-mini"
+    assert told["gen_ai.usage.output_tokens"] == 4
+    for number, span in enumerate((first, second), 1):
+        assert span.name == "attempt"
+        assert span.parent is not None
+        assert span.parent.span_id == request.context.span_id
+        assert dict(span.attributes or {})["caravan.attempt"] == number
+    assert first.status.description == "provider_failed"
+    assert second.status.is_ok or second.status.is_unset
 
 
 async def test_a_silent_stream_is_told_to_be_alive() -> None:

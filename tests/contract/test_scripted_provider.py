@@ -246,9 +246,27 @@ async def test_connections_are_kept(provider: ScriptedProvider) -> None:
     assert [request.connection for request in provider.requests] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"[1]", b'{"model": "m"}', b'{"model": "m", "messages": []}', b'{"messages": 3}']
-)
+BAD_BODIES: list[bytes] = [
+    b"",
+    b"[1]",
+    b'{"model": "m"}',
+    b'{"model": "m", "messages": []}',
+    b'{"messages": 3}',
+    b'{"model": "m", "messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+    b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "stop": 5}',
+    b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 0}',
+    b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}',
+    b'{"model": "m", "messages": [{"content": "x"}], "tools": [{"type": "function", "function": 3}]}',
+]
+BAD_SCHEMA = {"type": "array", "minItems": "many"}
+
+
+async def test_a_bad_schema_is_refused(provider: ScriptedProvider) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"schema": BAD_SCHEMA}}
+    assert (await send(provider, post("openai", response_format=wanted))).status_code == 400
+
+
+@pytest.mark.parametrize("body", BAD_BODIES)
 async def test_bad_requests_are_refused(provider: ScriptedProvider, body: bytes) -> None:
     async with httpx.AsyncClient(base_url=provider.base_url) as client:
         answer = await client.post("/chat/completions", content=body)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from services.dev.provider.asked import Asked, AskedError
-from services.dev.provider.schemas import instance
+from services.dev.provider.schemas import SchemaError, instance
 from services.dev.provider.script import Script
 
 TOKENS_MAX: Final = 1 << 20
@@ -77,7 +78,7 @@ def compose(asked: Asked, script: Script) -> Answer:
 def _text(asked: Asked, script: Script) -> tuple[tuple[str, ...], str, str]:
     room = min(asked.max_tokens or TOKENS_MAX, TOKENS_MAX)
     if asked.schema is not None:
-        wanted = _tokens(json.dumps(instance(asked.schema)))
+        wanted = _json(asked.schema)
     elif script.echo:
         wanted = _tokens(asked.last_user)
     elif script.text:
@@ -101,10 +102,16 @@ def _drawn(prompt: str, script: Script) -> tuple[str, ...]:
 
 
 def _call(asked: Asked) -> Call:
-    schema = dict(asked.tools)[asked.forced_tool]
-    arguments = json.dumps(instance(schema))
+    arguments = _json(dict(asked.tools)[asked.forced_tool])
     number = zlib.crc32(f"{asked.forced_tool} {asked.last_user}".encode(errors="surrogatepass"))
-    return Call(f"call_{number:08x}", asked.forced_tool, _tokens(arguments))
+    return Call(f"call_{number:08x}", asked.forced_tool, arguments)
+
+
+def _json(schema: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        return _tokens(json.dumps(instance(schema)))
+    except SchemaError as error:
+        raise AskedError(400, str(error)) from error
 
 
 def _tokens(text: str) -> tuple[str, ...]:

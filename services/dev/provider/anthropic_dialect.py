@@ -45,8 +45,6 @@ _BLOCKED: Final = "Output blocked by content filtering policy"
 class AnthropicDialect:
     """POST .../messages."""
 
-    name = "anthropic"
-
     def serves(self, path: str) -> bool:
         return path.endswith("/messages")
 

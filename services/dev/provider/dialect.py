@@ -25,8 +25,6 @@ class Frames:
 class Dialect(Protocol):
     """The wire of one provider."""
 
-    name: str
-
     def serves(self, path: str) -> bool:
         """Whether a POST to `path` (without query) asks for an answer."""
         ...
@@ -58,7 +56,7 @@ class Dialect(Protocol):
 
 def compact(value: object) -> bytes:
     """JSON without white space, as providers send it."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
 def data_event(value: object, name: str = "") -> bytes:

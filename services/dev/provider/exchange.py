@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from services.dev.provider.answers import Answer, compose
-from services.dev.provider.asked import AskedError, object_of
+from services.dev.provider.asked import Asked, AskedError, object_of
 from services.dev.provider.connection import Headers
 from services.dev.provider.dialect import Dialect, compact
 from services.dev.provider.faults import Fault, Kind
@@ -68,7 +68,7 @@ async def answer(received: Received, sink: Sink, dialect: Dialect, behaviour: Be
         if behaviour.accepted_keys and received.key not in behaviour.accepted_keys:
             # With the key in it: there are providers that repeat it, and whoever passes errors on has to take it out.
             raise AskedError(401, f"Incorrect API key provided: {received.key}.")
-        asked = dialect.asked(received, object_of(_decoded(received.body), "the body"))
+        asked = _asked(received, dialect)
         composed = _held_back(compose(asked, script), fault)
     except AskedError as error:
         status, body = dialect.refusal(error.status, error.message, error.reason)
@@ -157,9 +157,13 @@ def _message(fault: Fault) -> str:
     return f"scripted {fault.reason or 'failure'}"
 
 
-def _decoded(body: bytes) -> object:
+def _asked(received: Received, dialect: Dialect) -> Asked:
     try:
-        decoded: object = json.loads(body)
+        decoded = json.loads(received.body)
     except ValueError:
         raise AskedError(400, "the body is not JSON") from None
-    return decoded
+    try:
+        return dialect.asked(received, object_of(decoded, "the body"))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # What is read is checked where it is worth a message of its own; the rest is told like this.
+        raise AskedError(400, f"the body is not as the API wants it: {error!r}") from error

@@ -47,8 +47,6 @@ _REASONS: Final = {
 class GeminiDialect:
     """POST .../models/MODEL:streamGenerateContent?alt=sse and :generateContent."""
 
-    name = "gemini"
-
     def serves(self, path: str) -> bool:
         return path.endswith((_STREAM, _PLAIN))
 

@@ -37,8 +37,6 @@ _REASONS: Final = {
 class OpenAIDialect:
     """POST .../chat/completions."""
 
-    name = "openai"
-
     def serves(self, path: str) -> bool:
         return path.endswith("/chat/completions")
 

@@ -9,12 +9,19 @@ DEPTH_MAX: Final = 16
 _LENGTH_MAX: Final = 64
 
 
+class SchemaError(ValueError):
+    """A JSON schema that makes no sense."""
+
+
 def instance(schema: Mapping[str, Any], *, depth: int = DEPTH_MAX) -> Any:
     """A value for a schema of the parts that providers support: types, enum, const, anyOf, $ref within it, required properties.
 
-    Deeper than `depth` it gives null: a schema may contain itself.
+    Deeper than `depth` it gives null: a schema may contain itself. Raises SchemaError for one that makes no sense.
     """
-    return _value(schema, schema, depth)
+    try:
+        return _value(schema, schema, depth)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise SchemaError(f"no JSON schema: {error!r}") from error
 
 
 def _value(schema: Any, root: Mapping[str, Any], depth: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from caravan.core.v1 import generation_pb2
 
-from services.engine.remote.answer_values import CallPieces, Ending, count, decoded, no_answer
+from services.engine.remote.answer_values import CallPieces, Ending, count, decoded
 from services.engine.remote.gemini_errors import blocked_prompt, error_of_event
 from services.engine.remote.provider import Provider
 from services.engine.remote.wire import Outcome, Piece
@@ -137,13 +137,11 @@ class GeminiReader:
         return self._ending.outcome(self.usage_so_far(), called=len(self._calls) > 0)
 
     def _add(self, response: _Response, piece: Piece) -> None:
-        if response.error is not None:
+        if response.error:
             raise error_of_event(response.error, self._redact)
         feedback = response.prompt_feedback
         if feedback is not None and feedback.block_reason:
             raise blocked_prompt(feedback.block_reason, self._redact)
-        if response.candidates is None and response.usage_metadata is None and feedback is None:
-            raise no_answer(_GEMINI)
         if response.usage_metadata is not None:
             self._usage = response.usage_metadata
         for candidate in response.candidates or ():

@@ -37,10 +37,16 @@ class _Call(msgspec.Struct):
     function: _Function | None = None
 
 
+class _Part(msgspec.Struct):
+    type: str = ""
+    text: str | None = None
+
+
 class _Words(msgspec.Struct):
     """The delta of a chunk, or the message of a whole answer. Thoughts (`reasoning_content`) are no part of the answer."""
 
-    content: str | None = None
+    content: str | list[_Part] | None = None
+    """Parts where a model of Mistral thinks; what is no text is a thought."""
     refusal: str | None = None
     tool_calls: list[_Call] | None = None
 
@@ -51,9 +57,9 @@ class _Choice(msgspec.Struct):
     message: _Words | None = None
     text: str | None = None
     finish_reason: str | None = None
-    stop_reason: str | int | None = None
+    stop_reason: Any = None
     """vLLM's: the stop text that was met, or the id of a token."""
-    logprobs: Logprobs | None = None
+    logprobs: Any = None
 
 
 class _PromptDetails(msgspec.Struct):
@@ -99,10 +105,8 @@ class OpenAiReader:
         if not data:
             return None  # A comment or an id alone.
         chunk = decoded(_CHUNKS, data, self._provider)
-        if chunk.error is not None:
+        if chunk.error:
             raise error_of_event(self._provider, chunk.error, self._redact)
-        if chunk.choices is None and chunk.usage is None:
-            raise no_answer(self._provider)
         if chunk.usage is not None:
             self._usage = chunk.usage
         for choice in chunk.choices or ():
@@ -138,14 +142,21 @@ class OpenAiReader:
             self._ending.done = True  # A whole answer: nothing follows it.
         piece = Piece(text=choice.text or "")
         if words is not None:
-            piece.text += words.content or ""
+            piece.text += _text(words.content)
             piece.refusal = words.refusal or ""
             if words.tool_calls:
                 piece.calls = list(self._call_pieces(words.tool_calls))
-        if choice.logprobs is not None:
-            piece.logprobs = token_logprobs(choice.logprobs)
+        if choice.logprobs:
+            piece.logprobs = self._logprobs(choice.logprobs)
         something = piece.text or piece.refusal or piece.calls or piece.logprobs
         return piece if something else None
+
+    def _logprobs(self, given: Any) -> list[generation_pb2.TokenLogprob]:
+        """Not decoded with the rest: some servers put something else there when nobody has asked."""
+        try:
+            return token_logprobs(msgspec.convert(given, Logprobs))
+        except msgspec.ValidationError:
+            raise no_answer(self._provider) from None
 
     def _call_pieces(self, calls: list[_Call]) -> Iterator[chat_pb2.ToolCallDelta]:
         for place, call in enumerate(calls):
@@ -161,3 +172,9 @@ class OpenAiReader:
             self._last_call = call.id
             return call.id
         return self._last_call or place
+
+
+def _text(content: str | list[_Part] | None) -> str:
+    if isinstance(content, list):
+        return "".join(part.text or "" for part in content if part.type == "text")
+    return content or ""

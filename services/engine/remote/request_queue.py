@@ -103,7 +103,7 @@ class RequestQueue(Generic[Item]):
         return True
 
     def expired(self, now: float) -> list[Item]:
-        """Removes and returns the items whose deadline has passed, by deadline."""
+        """Removes and returns the items whose deadline has passed, in the order in which that was seen."""
         self._expire(now)
         items = list(self._late)
         self._late.clear()

@@ -31,7 +31,7 @@ class Jitter(Enum):
 class RetryConfig:
     """How often and how long to wait. `max_retries` are attempts after the first; times are in seconds.
 
-    A call that is not `idempotent` is never made again.
+    0 retries are for requests that must not run twice: a call that failed may have begun.
     """
 
     max_retries: int = 3
@@ -40,7 +40,6 @@ class RetryConfig:
     multiplier: float = 2.0
     jitter: Jitter = Jitter.EQUAL
     respect_retry_after: bool = True
-    idempotent: bool = True
 
 
 class RetryBudget:
@@ -92,9 +91,7 @@ class Retry:
         gets the error with its retry time at once.
         """
         config = self._config
-        if not config.idempotent or attempt >= config.max_retries:
-            return None
-        if failure.failure not in RETRYABLE:
+        if attempt >= config.max_retries or failure.failure not in RETRYABLE:
             return None
         wait = self._wait(attempt, failure.retry_after_s, fraction)
         if wait is None or (remaining_s is not None and wait >= remaining_s):

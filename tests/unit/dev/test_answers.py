@@ -85,9 +85,15 @@ def test_json_follows_the_schema() -> None:
     assert "next" in tree
 
 
-def test_a_schema_that_is_none_still_gets_a_value() -> None:
+def test_a_schema_that_says_nothing_known_gets_null() -> None:
     assert instance({"type": "unheard"}) is None
     assert instance({"$ref": "#/nowhere"}) is None
+
+
+@pytest.mark.parametrize("schema", [{"required": 3}, {"type": "array", "minItems": "x"}])
+def test_a_schema_that_makes_no_sense_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(AskedError):
+        compose(replace(ASKED, schema=schema), Script())
 
 
 def test_a_model_that_is_not_there_and_a_prompt_that_is_too_long_are_refused() -> None:

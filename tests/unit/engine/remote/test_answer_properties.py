@@ -59,7 +59,7 @@ EVENTS = st.lists(
     | st.dictionaries(NAMES | st.just("type"), VALUES | KINDS, max_size=5).map(json.dumps)
     | st.text(max_size=20)
     | st.just("[DONE]")
-    | st.just("[" * 5000),
+    | st.just('{"error": ' + "[" * 5000),
     max_size=8,
 )
 
@@ -78,6 +78,29 @@ def test_readers_raise_nothing_but_provider_errors(provider: Provider, events: l
                 break
         assert reader.outcome().reason != generation_pb2.FINISH_REASON_UNSPECIFIED
     reader.usage_so_far()
+
+
+@pytest.mark.parametrize(
+    ("provider", "event"),
+    [
+        *((provider, '{"error": ' + "[" * 5000) for provider in PROVIDERS),
+        (
+            Provider.OPENAI,
+            '{"choices": [{"logprobs": {"content": [{"token": "a", "bytes": [300]}]}}]}',
+        ),
+        (Provider.OPENAI, '{"choices": [{"delta": {"content": "\\ud800"}}]}'),
+        (Provider.ANTHROPIC, '{"type": "content_block_delta", "delta": {"text": 7}}'),
+        (
+            Provider.GEMINI,
+            '{"candidates": [{"content": {"parts": [{"functionCall": {"args": }}]}}]}',
+        ),
+    ],
+    ids=str,
+)
+def test_events_that_are_nearly_right(provider: Provider, event: str) -> None:
+    """What random ones hardly ever are."""
+    with pytest.raises(ProviderError):
+        wire_of(provider).reader().read("", event)
 
 
 RECORDED: dict[Provider, list[tuple[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -213,6 +214,28 @@ def test_an_error_holds_no_credential() -> None:
     with pytest.raises(ProviderError) as caught:
         read_all(wire_of(OPENAI).reader(), [{"error": {"message": f"key {SECRET}"}}])
     assert caught.value.message == "OpenAI says: key [redacted]"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"object": "ping"},
+        {"choices": [], "prompt_filter_results": []},
+        {"choices": None, "usage": None, "error": {}},
+        chunk({"content": None, "tool_calls": None, "reasoning_content": "Hm"}, logprobs=[]),
+        chunk({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}]}),
+        {"choices": [{"index": 1, "delta": {"content": "another choice"}}]},
+    ],
+)
+def test_events_that_add_nothing(event: Any) -> None:
+    """Signs of life, filters that found nothing, thoughts."""
+    assert wire_of(OPENAI).reader().read("", json.dumps(event)) is None
+
+
+def test_text_in_parts() -> None:
+    """As models that think put it."""
+    event = chunk({"content": [{"type": "text", "text": "So"}, {"type": "text", "text": "."}]})
+    assert read_all(wire_of(OPENAI).reader(), [event]).text == "So."
 
 
 def test_an_event_without_data_adds_nothing() -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
+from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsStreaming as TextParams
+from pydantic import TypeAdapter
 
 from services.engine.remote.provider import Provider
 from services.runtime.errors import CaravanError
@@ -216,6 +219,36 @@ def test_texts_and_tokens() -> None:
     body = body_of(COMPATIBLE, pb.GenerateRequest(tokens=pb.TokenPrompt(ids=[1, 2])))
     assert body["prompt"] == [1, 2]
     assert wire_of(OPENAI).request(chat(), "m").path == "chat/completions"
+
+
+def test_bodies_are_what_the_official_client_would_send() -> None:
+    """Its types know every field, and find no value of the wrong kind."""
+    generate = chat(
+        system("x"),
+        user("", parts=[chat_pb2.ContentPart(image=chat_pb2.Image(url="https://e.org/a.png"))]),
+        assistant("", call("c", "look", "{}")),
+        result("c", "z"),
+        tools=["look"],
+        choice=Choice(mode=Choice.MODE_AUTO),
+        sampling=sampling(
+            temperature=0.5,
+            top_p=0.5,
+            presence_penalty=1,
+            frequency_penalty=1,
+            seed=3,
+            logit_bias=[generation_pb2.LogitBias(token_id=7, bias=1)],
+            grammar=generation_pb2.Grammar(json_schema='{"type": "object"}'),
+        ),
+        stop=generation_pb2.StopConditions(max_tokens=9, stop=["END"]),
+        top_logprobs=3,
+    )
+    body = body_of(OPENAI, generate)
+    known: dict[str, Any] = TypeAdapter[Any](ChatParams).validate_python(body)
+    assert set(known) == set(body)
+    assert len(list(known["messages"])) == 4
+    assert len(list(known["tools"])) == 1
+    body = body_of(OPENAI, pb.GenerateRequest(text="x", stop=generate.stop, top_logprobs=2))
+    assert set(TypeAdapter[Any](TextParams).validate_python(body)) == set(body)
 
 
 def test_the_cache_is_an_optimisation() -> None:

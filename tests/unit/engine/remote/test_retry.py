@@ -42,9 +42,11 @@ def test_only_what_may_pass_is_tried_again(failure: Failure) -> None:
     )
 
 
-def test_a_call_that_is_not_idempotent_is_never_made_again() -> None:
-    """Whatever failed."""
-    assert retry_of(RetryConfig(idempotent=False)).decide(0, FAILED, None, 0.5) is None
+@pytest.mark.parametrize("failure", [f for f in Failure if f in RETRYABLE])
+def test_without_retries_a_call_is_never_made_again(failure: Failure) -> None:
+    """Whatever failed: its request may be one that must not run twice (S3.8)."""
+    retry = retry_of(RetryConfig(max_retries=0))
+    assert retry.decide(0, ProviderError(failure, "x"), None, 0.5) is None
 
 
 def test_attempts_are_counted() -> None:

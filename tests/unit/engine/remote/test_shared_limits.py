@@ -138,6 +138,16 @@ def test_what_is_told_of_an_epoch_only_grows(
     assert sum(one.tokens for one in told.values()) >= used
 
 
+def test_what_comes_back_is_taken_off_what_is_used_next() -> None:
+    """A counter must not shrink, so it grows the less."""
+    shared, told = engine(), []
+    for used, back in ((100, 60), (50, 0), (20, 0)):
+        shared.use(1, used, WALL)
+        shared.give_back(0, back)
+        told += [one.tokens for one in shared.counters(0, 0, 0.0, WALL)]
+    assert told == [100, 100, 110]
+
+
 def test_what_waits_is_wanted_again() -> None:
     """A backlog without new arrivals keeps its share."""
     shared = engine()

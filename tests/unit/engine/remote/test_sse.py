@@ -31,6 +31,7 @@ def events(*pieces: bytes) -> list[Event]:
         (b"id: 1\nretry: 10\nwhat: ever\ndata: a\n\n", [("", "a")]),
         (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [("", "a"), ("", "b"), ("", "c")]),
         (b"\xef\xbb\xbfdata: a\n\n", [("", "a")]),
+        ("data: a\n\ufeffdata: b\n\n".encode(), [("", "a")]),
         (b"data: [DONE]", [("", "[DONE]")]),
         (b"data: [DONE]\n", [("", "[DONE]")]),
         ("data: \u2028é\n\n".encode(), [("", "\u2028é")]),

@@ -229,14 +229,14 @@ def open_rate_gate(
 
     `stub` is None for an engine without a coordinator: the whole limit is its own then, in both modes.
     """
+    quota = Quota(limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_requests)
+    if quota == Quota():
+        stub = None  # There is nothing to share.
     meter: Meter
     if limits.strict and stub is not None:
         meter = StrictMeter(stub, key, incarnation, limits, clock)
     else:
         now = clock.monotonic()
-        quota = Quota(
-            limits.requests_per_minute, limits.tokens_per_minute, limits.concurrent_requests
-        )
         shared = None if stub is None else SharedLimits(key, incarnation, now)
         meter = EngineMeter(EngineLimits(quota, shared, now), clock)
     return RateGate(key, limits, meter, clock)

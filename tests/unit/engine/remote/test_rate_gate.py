@@ -180,6 +180,20 @@ async def test_the_news_of_others_change_the_share() -> None:
     assert (told.requests, told.tokens, told.wanted_requests, told.wanted_tokens) == (1, 7, 1, 7)
 
 
+async def test_where_nothing_is_limited_nothing_is_shared() -> None:
+    """Nobody is asked and nothing is reported, whatever the mode."""
+    one = open_rate_gate(
+        RateLimits(strict=True),
+        "key",
+        "mine",
+        SystemClock(),
+        StubThatIsNotCalled(),  # type: ignore[arg-type]
+    )
+    permits = [await one.enter(10**9, None, patience=False) for _ in range(100)]
+    assert one.counters() == []
+    assert one.status().concurrent_requests == len(permits)
+
+
 class StubThatIsNotCalled:
     """A coordinator's stub for the approximate mode, which makes no calls."""
 

@@ -83,6 +83,8 @@ def _notes(one: Seen) -> Iterator[str]:
         yield one.engine.load.failure
     if one.status.replaced_workers:
         yield f"replaced {one.status.replaced_workers} workers after defects: its log has why"
+    if not one.status.HasField("price"):
+        yield "no price is known of its model: what it costs is counted as 0"
     if one.status.credential.HasField("expires_in"):
         left_s = seconds(one.status.credential.expires_in)
         yield (

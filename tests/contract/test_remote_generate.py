@@ -111,9 +111,11 @@ async def test_connections_are_used_again() -> None:
         assert len({request.connection for request in rig.provider.requests}) == 1
 
 
-async def test_a_request_that_is_cancelled_ends_as_cancelled() -> None:
-    """Cancel ends the stream with FINISH_REASON_CANCELLED and what was used, and closes the provider's."""
-    async with running_remote(Script(tokens=1000, pace_s=0.01)) as rig:
+@pytest.mark.parametrize("provider", ["openai", "anthropic"])
+async def test_a_request_that_is_cancelled_ends_as_cancelled(provider: str) -> None:
+    """Cancel ends the stream with FINISH_REASON_CANCELLED and what was used, and closes the provider's. What the provider tells
+    at the beginning does not count what follows."""
+    async with running_remote(Script(tokens=1000, pace_s=0.01), provider=provider) as rig:
         request = rig.request()
         running = asyncio.create_task(rig.run(request))
         await rig.until(lambda: any(row.pieces > 3 for row in rig.engine.inflight.oldest_first()))

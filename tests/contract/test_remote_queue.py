@@ -82,7 +82,7 @@ async def test_requests_that_do_not_wait(policy: str, reason: str) -> None:
 async def test_a_provider_that_asks_for_patience_gets_none_of_those_who_do_not_wait() -> None:
     """With QUEUE_POLICY_FALLBACK a 429 goes to the caller at once, so that a fallback takes the request."""
     async with running_remote(onCapacityExhausted="QUEUE_POLICY_FALLBACK") as rig:
-        rig.provider.faults.add(Fault(Kind.STATUS, status=429, retry_after="1"))
+        rig.provider.faults.add(Fault(Kind.STATUS, status=429))
         assert (await rig.refusal()).reason == "RATE_LIMITED"
         assert len(rig.provider.requests) == 1
 
@@ -148,6 +148,31 @@ async def test_a_limit_is_waited_for() -> None:
         starts = [start for start, _ in spans]
         # The provider ends a request a moment after its client has it.
         assert all(sum(a <= t < b - 0.01 for a, b in spans) <= 2 for t in starts)
+        await rig.idle()
+
+
+async def test_a_limit_counts_what_was_used() -> None:
+    """What was reserved for the longest answer is given back; the limit holds what the provider counted."""
+    async with running_remote(Script(tokens=5), limits={"tokensPerMinute": 100_000}) as rig:
+        usage = (await rig.run()).usage
+        await rig.idle()
+        used = rig.engine.endpoint.gate.status().tokens_used
+        assert used == usage.prompt_tokens + usage.completion_tokens
+
+
+async def test_a_breaker_that_opens_meanwhile_gives_the_limit_back() -> None:
+    """Who waited for the limit while the provider failed is refused by the breaker, and holds no place of the limit."""
+    async with running_remote(
+        limits={"concurrentRequests": 1},
+        breaker={"failureThreshold": 1, "openDuration": "60s"},
+        retry={"maxRetries": 0},
+    ) as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=503, seconds=0.2, times=None))
+        first = asyncio.create_task(rig.refusal())
+        await rig.provider.wait_for_requests(1)
+        second = asyncio.create_task(rig.refusal())
+        assert (await first).reason == "PROVIDER_FAILED"
+        assert (await second).reason == "CIRCUIT_OPEN"
         await rig.idle()
 
 

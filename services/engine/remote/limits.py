@@ -70,6 +70,10 @@ class EngineLimits:
         if now - self._shared_at >= SHARED_S:
             self._share(now)
         denial = self._own.find_denial(tokens, now, ahead_requests, ahead_tokens)
+        if denial is not None and now > self._shared_at:
+            # What asks now is demand too, and may have made the share larger.
+            self._share(now)
+            denial = self._own.find_denial(tokens, now, ahead_requests, ahead_tokens)
         if self._shared is None or not self._shared.peers():
             return denial
         wait_s = 0.0 if denial is None or denial.wait_s is None else denial.wait_s
@@ -134,7 +138,7 @@ class EngineLimits:
         """Requests and tokens in a minute that this engine may send at present; 0: without limit."""
         shares = (1.0, 1.0)
         if self._shared is not None:
-            told = self._shared.shares(now)
+            told = self._shared.shares(self._own.quota, now)
             shares = (told.requests, told.tokens)
         factor, quota = self._own.factor(now), self._own.quota
         return (
@@ -162,7 +166,7 @@ class EngineLimits:
         self._shared_at = now
         if self._shared is None:
             return
-        shares = self._shared.shares(now)
+        shares = self._shared.shares(self._own.quota, now)
         self._own.share(shares.requests, shares.tokens, now)
         factor, quota = self._own.factor(now), self._own.quota
         _slow(self._all_requests, quota.requests_per_minute, factor, now)

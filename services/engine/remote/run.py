@@ -109,7 +109,7 @@ class Run:
             try:
                 return await self._permitted(credential, rate, permit)
             finally:
-                # Nothing happens where they have ended, as they should have.
+                # Nothing happens where it has ended, and the same below: so no path can keep one.
                 permit.abandon(clock.monotonic())
         finally:
             rate.withdraw()
@@ -144,11 +144,8 @@ class Run:
         else:
             return outcome
         finally:
-            now = endpoint.clock.monotonic()
-            if label is CANCELLED:
-                permit.abandon(now)
-            else:
-                permit.end(failure, now)
+            if label is not CANCELLED:
+                permit.end(failure, endpoint.clock.monotonic())
             rate.settle(self._used(reader, failure, is_whole=label is SUCCEEDED))
             span.end(None if label is SUCCEEDED else label)
             endpoint.metrics.attempts.labels(label).inc()

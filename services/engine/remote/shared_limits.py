@@ -1,8 +1,9 @@
 """Limits that engines share approximately: who may use which part of them, from what all tell each other once a second. Pure.
 
 Every engine counts what it lets through and what it was asked for, reports it to the coordinator, and hears the counters of the
-others in return. It keeps to a share of the limit that follows demand: what it was asked for within the last seconds, as a part of
-what all were asked for. So the shares of all add up to the limit, and nothing is left unused beside somebody who is idle.
+others in return. It keeps to a share of the limit that follows demand. Where all together want more than the limit, a share is what
+this engine was asked for within the last seconds, as a part of what all were asked for; where they want less, each has what it was
+asked for and an even part of the rest. So the shares of all add up to the limit, and nothing is left unused beside one that is idle.
 
 An engine that has not heard of the others for STALE_S keeps to UNHEARD_SHARE: it may have a share that others have been given
 since. One that is not heard is not in service either (its session with the coordinator has ended), so that costs nothing.
@@ -26,6 +27,7 @@ from services.runtime.limit_counters import (
     to_counters,
     use_of,
 )
+from services.runtime.rate_limiter import Quota
 
 STALE_S: Final = 5.0
 """Age of news after which they do not count any more."""
@@ -152,7 +154,7 @@ class SharedLimits:
         """How many others share the limit."""
         return sum(self._heard_at - peer.heard_at <= STALE_S for peer in self._peers.values())
 
-    def shares(self, now: float) -> Shares:
+    def shares(self, quota: Quota, now: float) -> Shares:
         """Which part of the limit is this engine's now."""
         if now - self._heard_at > STALE_S:
             return Shares(UNHEARD_SHARE, UNHEARD_SHARE)
@@ -160,13 +162,14 @@ class SharedLimits:
         demands = [peer.demand.totals(now) for peer in self._peers.values()]
         engines = 1 + self.peers()
         return Shares(
-            _share(requests, sum(demand[0] for demand in demands), engines),
-            _share(tokens, sum(demand[1] for demand in demands), engines),
+            _share(requests, sum(d[0] for d in demands), engines, quota.requests_per_minute),
+            _share(tokens, sum(d[1] for d in demands), engines, quota.tokens_per_minute),
         )
 
 
-def _share(own: int, peers: int, engines: int) -> float:
-    even = 1 / engines
-    if not own + peers:
-        return even
-    return (1 - EVEN) * own / (own + peers) + EVEN * even
+def _share(own: int, peers: int, engines: int, per_minute: int) -> float:
+    wanted, even = own + peers, 1 / engines
+    most = per_minute * DEMAND_S / 60
+    if wanted <= most:
+        return even if not wanted else (own + (most - wanted) * even) / most
+    return (1 - EVEN) * own / wanted + EVEN * even

@@ -137,6 +137,7 @@ class GenerateRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     SEED_DRAWN_FIELD_NUMBER: _builtins.int
+    WHOLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, unique among those in flight. 1 to 128 bytes."""
     text: _builtins.str
@@ -151,6 +152,8 @@ class GenerateRequest(_message.Message):
     """Whether `sampling.seed` was drawn so that the answer can move, and not asked for by the client: an engine whose answers
     cannot move need not use it.
     """
+    whole: _builtins.bool
+    """Whether nobody reads the answer before its end: its deltas may be few and late."""
     @_builtins.property
     def chat(self) -> _chat_pb2.ChatPrompt:
         """A chat, rendered by the chat template of the model."""
@@ -190,10 +193,11 @@ class GenerateRequest(_message.Message):
         tenant: _builtins.str = ...,
         priority: _scheduling_pb2.Priority.ValueType = ...,
         seed_drawn: _builtins.bool = ...,
+        whole: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "chat", b"chat", "prompt", b"prompt", "resume", b"resume", "sampling", b"sampling", "stop", b"stop", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "seed_drawn", b"seed_drawn", "stop", b"stop", "tenant", b"tenant", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "cache", b"cache", "chat", b"chat", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "seed_drawn", b"seed_drawn", "stop", b"stop", "tenant", b"tenant", "text", b"text", "tokens", b"tokens", "top_logprobs", b"top_logprobs", "whole", b"whole"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015

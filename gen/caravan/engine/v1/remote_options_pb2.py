@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/remote_options.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1egoogle/protobuf/duration.proto\"\xfc\x03\n\rRemoteOptions\x12\x10\n\x08\x62\x61se_url\x18\x01 \x01(\t\x12\x10\n\x08insecure\x18\x02 \x01(\x08\x12\x31\n\ncredential\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.Credential\x12-\n\x08timeouts\x18\x04 \x01(\x0b\x32\x1b.caravan.engine.v1.Timeouts\x12-\n\x05retry\x18\x05 \x01(\x0b\x32\x1e.caravan.engine.v1.RetryPolicy\x12\x31\n\x07\x62reaker\x18\x06 \x01(\x0b\x32 .caravan.engine.v1.BreakerPolicy\x12-\n\x06limits\x18\x07 \x01(\x0b\x32\x1d.caravan.engine.v1.RateLimits\x12\'\n\x05price\x18\x08 \x01(\x0b\x32\x18.caravan.engine.v1.Price\x12\x14\n\x07workers\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0equeue_capacity\x18\n \x01(\rH\x01\x88\x01\x01\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x0b \x01(\r\x12=\n\x15on_capacity_exhausted\x18\x0c \x01(\x0e\x32\x1e.caravan.engine.v1.QueuePolicyB\n\n\x08_workersB\x11\n\x0f_queue_capacity\"G\n\nCredential\x12\r\n\x03\x65nv\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x66ile\x18\x02 \x01(\tH\x00\x12\x10\n\x06inline\x18\x03 \x01(\tH\x00\x42\x08\n\x06source\"\xc1\x01\n\x08Timeouts\x12*\n\x07\x63onnect\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nfirst_byte\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rbetween_bytes\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd8\x02\n\x0bRetryPolicy\x12\x18\n\x0bmax_retries\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12)\n\x06jitter\x18\x05 \x01(\x0e\x32\x19.caravan.engine.v1.Jitter\x12 \n\x13respect_retry_after\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x13\n\x06\x62udget\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0e\n\x0c_max_retriesB\x15\n\x13_backoff_multiplierB\x16\n\x14_respect_retry_afterB\t\n\x07_budget\"\xb3\x01\n\rBreakerPolicy\x12\x1e\n\x11\x66\x61ilure_threshold\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x30\n\ropen_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x14half_open_max_probes\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x14\n\x12_failure_thresholdB\x17\n\x15_half_open_max_probes\"~\n\nRateLimits\x12\x1b\n\x13requests_per_minute\x18\x01 \x01(\x04\x12\x19\n\x11tokens_per_minute\x18\x02 \x01(\x04\x12\x1b\n\x13\x63oncurrent_requests\x18\x03 \x01(\r\x12\x0e\n\x06strict\x18\x04 \x01(\x08\x12\x0b\n\x03key\x18\x05 \x01(\t\"b\n\x05Price\x12\x11\n\tinput_usd\x18\x01 \x01(\x01\x12\x12\n\noutput_usd\x18\x02 \x01(\x01\x12\x1d\n\x10\x63\x61\x63hed_input_usd\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_cached_input_usd*w\n\x0bQueuePolicy\x12\x1c\n\x18QUEUE_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13QUEUE_POLICY_REJECT\x10\x01\x12\x16\n\x12QUEUE_POLICY_QUEUE\x10\x02\x12\x19\n\x15QUEUE_POLICY_FALLBACK\x10\x03*T\n\x06Jitter\x12\x16\n\x12JITTER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bJITTER_NONE\x10\x01\x12\x10\n\x0cJITTER_EQUAL\x10\x02\x12\x0f\n\x0bJITTER_FULL\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&caravan/engine/v1/remote_options.proto\x12\x11\x63\x61ravan.engine.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa7\x04\n\rRemoteOptions\x12\x10\n\x08\x62\x61se_url\x18\x01 \x01(\t\x12\x10\n\x08insecure\x18\x02 \x01(\x08\x12\x31\n\ncredential\x18\x03 \x01(\x0b\x32\x1d.caravan.engine.v1.Credential\x12-\n\x08timeouts\x18\x04 \x01(\x0b\x32\x1b.caravan.engine.v1.Timeouts\x12-\n\x05retry\x18\x05 \x01(\x0b\x32\x1e.caravan.engine.v1.RetryPolicy\x12\x31\n\x07\x62reaker\x18\x06 \x01(\x0b\x32 .caravan.engine.v1.BreakerPolicy\x12-\n\x06limits\x18\x07 \x01(\x0b\x32\x1d.caravan.engine.v1.RateLimits\x12\'\n\x05price\x18\x08 \x01(\x0b\x32\x18.caravan.engine.v1.Price\x12\x14\n\x07workers\x18\t \x01(\rH\x00\x88\x01\x01\x12\x1b\n\x0equeue_capacity\x18\n \x01(\rH\x01\x88\x01\x01\x12\x1a\n\x12\x64\x65\x66\x61ult_max_tokens\x18\x0b \x01(\r\x12=\n\x15on_capacity_exhausted\x18\x0c \x01(\x0e\x32\x1e.caravan.engine.v1.QueuePolicy\x12)\n\x06gather\x18\r \x01(\x0b\x32\x19.google.protobuf.DurationB\n\n\x08_workersB\x11\n\x0f_queue_capacity\"G\n\nCredential\x12\r\n\x03\x65nv\x18\x01 \x01(\tH\x00\x12\x0e\n\x04\x66ile\x18\x02 \x01(\tH\x00\x12\x10\n\x06inline\x18\x03 \x01(\tH\x00\x42\x08\n\x06source\"\xc1\x01\n\x08Timeouts\x12*\n\x07\x63onnect\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nfirst_byte\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x30\n\rbetween_bytes\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd8\x02\n\x0bRetryPolicy\x12\x18\n\x0bmax_retries\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x32\n\x0finitial_backoff\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0bmax_backoff\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1f\n\x12\x62\x61\x63koff_multiplier\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12)\n\x06jitter\x18\x05 \x01(\x0e\x32\x19.caravan.engine.v1.Jitter\x12 \n\x13respect_retry_after\x18\x06 \x01(\x08H\x02\x88\x01\x01\x12\x13\n\x06\x62udget\x18\x07 \x01(\x01H\x03\x88\x01\x01\x42\x0e\n\x0c_max_retriesB\x15\n\x13_backoff_multiplierB\x16\n\x14_respect_retry_afterB\t\n\x07_budget\"\xb3\x01\n\rBreakerPolicy\x12\x1e\n\x11\x66\x61ilure_threshold\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x30\n\ropen_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12!\n\x14half_open_max_probes\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x14\n\x12_failure_thresholdB\x17\n\x15_half_open_max_probes\"~\n\nRateLimits\x12\x1b\n\x13requests_per_minute\x18\x01 \x01(\x04\x12\x19\n\x11tokens_per_minute\x18\x02 \x01(\x04\x12\x1b\n\x13\x63oncurrent_requests\x18\x03 \x01(\r\x12\x0e\n\x06strict\x18\x04 \x01(\x08\x12\x0b\n\x03key\x18\x05 \x01(\t\"b\n\x05Price\x12\x11\n\tinput_usd\x18\x01 \x01(\x01\x12\x12\n\noutput_usd\x18\x02 \x01(\x01\x12\x1d\n\x10\x63\x61\x63hed_input_usd\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_cached_input_usd*w\n\x0bQueuePolicy\x12\x1c\n\x18QUEUE_POLICY_UNSPECIFIED\x10\x00\x12\x17\n\x13QUEUE_POLICY_REJECT\x10\x01\x12\x16\n\x12QUEUE_POLICY_QUEUE\x10\x02\x12\x19\n\x15QUEUE_POLICY_FALLBACK\x10\x03*T\n\x06Jitter\x12\x16\n\x12JITTER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bJITTER_NONE\x10\x01\x12\x10\n\x0cJITTER_EQUAL\x10\x02\x12\x0f\n\x0bJITTER_FULL\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'caravan.engine.v1.remote_options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_QUEUEPOLICY']._serialized_start=1630
-  _globals['_QUEUEPOLICY']._serialized_end=1749
-  _globals['_JITTER']._serialized_start=1751
-  _globals['_JITTER']._serialized_end=1835
+  _globals['_QUEUEPOLICY']._serialized_start=1673
+  _globals['_QUEUEPOLICY']._serialized_end=1792
+  _globals['_JITTER']._serialized_start=1794
+  _globals['_JITTER']._serialized_end=1878
   _globals['_REMOTEOPTIONS']._serialized_start=94
-  _globals['_REMOTEOPTIONS']._serialized_end=602
-  _globals['_CREDENTIAL']._serialized_start=604
-  _globals['_CREDENTIAL']._serialized_end=675
-  _globals['_TIMEOUTS']._serialized_start=678
-  _globals['_TIMEOUTS']._serialized_end=871
-  _globals['_RETRYPOLICY']._serialized_start=874
-  _globals['_RETRYPOLICY']._serialized_end=1218
-  _globals['_BREAKERPOLICY']._serialized_start=1221
-  _globals['_BREAKERPOLICY']._serialized_end=1400
-  _globals['_RATELIMITS']._serialized_start=1402
-  _globals['_RATELIMITS']._serialized_end=1528
-  _globals['_PRICE']._serialized_start=1530
-  _globals['_PRICE']._serialized_end=1628
+  _globals['_REMOTEOPTIONS']._serialized_end=645
+  _globals['_CREDENTIAL']._serialized_start=647
+  _globals['_CREDENTIAL']._serialized_end=718
+  _globals['_TIMEOUTS']._serialized_start=721
+  _globals['_TIMEOUTS']._serialized_end=914
+  _globals['_RETRYPOLICY']._serialized_start=917
+  _globals['_RETRYPOLICY']._serialized_end=1261
+  _globals['_BREAKERPOLICY']._serialized_start=1264
+  _globals['_BREAKERPOLICY']._serialized_end=1443
+  _globals['_RATELIMITS']._serialized_start=1445
+  _globals['_RATELIMITS']._serialized_end=1571
+  _globals['_PRICE']._serialized_start=1573
+  _globals['_PRICE']._serialized_end=1671
 # @@protoc_insertion_point(module_scope)

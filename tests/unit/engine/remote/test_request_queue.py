@@ -225,3 +225,24 @@ class QueueMachine(RuleBasedStateMachine):
 
 QueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestQueueMachine = QueueMachine.TestCase
+
+
+def test_long_walks_agree_with_the_reference() -> None:
+    """The same machine, with steps drawn evenly and more that wait."""
+    for seed in range(150):
+        drawn, machine = random.Random(seed), QueueMachine()
+        machine.begin(drawn.randint(1, 8))
+        for _ in range(80):
+            step = drawn.choices(("wait", "push", "pop", "remove", "expired"), (4, 9, 4, 2, 1))[0]
+            if step == "wait":
+                machine.wait(drawn.choice((0.5, 3.0, 10.0)))
+            elif step == "push":
+                ago, for_s = drawn.choice((0.0, 0.0, 1.0)), drawn.choice((0.0, 2.0, 12.0, math.inf))
+                machine.push(drawn.choice("abcdefgh"), drawn.randint(0, 3), ago, for_s)
+            elif step == "pop":
+                machine.pop()
+            elif step == "remove":
+                machine.remove(drawn.choice("abcdefgh"))
+            else:
+                machine.fetch_expired()
+            machine.both_count_the_same()

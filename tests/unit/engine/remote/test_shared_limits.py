@@ -15,8 +15,10 @@ from services.engine.remote.shared_limits import (
     SharedLimits,
 )
 from services.runtime.limit_counters import Use
+from services.runtime.rate_limiter import Quota
 
 WALL = 1_750_000_000.0
+QUOTA = Quota(60, 6000)
 
 
 def counter(life: str, *, wanted: int = 0, requests: int = 0, epoch: int = 9) -> pb.LimitCounter:
@@ -41,10 +43,10 @@ def test_who_has_not_heard_anything_keeps_to_a_small_part() -> None:
     """It cannot know with how many it shares; who hears that it is alone has it all."""
     shared = engine()
     want(shared, 10, 0.0)
-    assert shared.shares(0.0).requests == UNHEARD_SHARE
+    assert shared.shares(QUOTA, 0.0).requests == UNHEARD_SHARE
     shared.merge([], 1.0)
-    assert shared.shares(1.0).requests == 1.0
-    assert shared.shares(1.0 + STALE_S + 0.1).requests == UNHEARD_SHARE
+    assert shared.shares(QUOTA, 1.0).requests == 1.0
+    assert shared.shares(QUOTA, 1.0 + STALE_S + 0.1).requests == UNHEARD_SHARE
 
 
 def test_shares_follow_demand_and_add_up() -> None:
@@ -55,7 +57,7 @@ def test_shares_follow_demand_and_add_up() -> None:
         shared = SharedLimits("key", mine, 0.0)
         want(shared, wanted, 0.0)
         shared.merge([counter(life, wanted=n) for life, n in demand.items()], 0.5)
-        shares.append(shared.shares(0.5).requests)
+        shares.append(shared.shares(QUOTA, 0.5).requests)
     assert shares[0] == pytest.approx(0.7, abs=0.02)
     assert sum(shares) == pytest.approx(1.0)
 
@@ -64,7 +66,7 @@ def test_nobody_who_asks_gives_an_even_share() -> None:
     """Three who all rest could begin at once."""
     shared = engine()
     shared.merge([counter("a"), counter("b")], 0.0)
-    assert shared.shares(0.0).requests == pytest.approx(1 / 3)
+    assert shared.shares(QUOTA, 0.0).requests == pytest.approx(1 / 3)
 
 
 def test_demand_is_forgotten_and_peers_too() -> None:
@@ -72,14 +74,14 @@ def test_demand_is_forgotten_and_peers_too() -> None:
     shared = engine()
     want(shared, 10, 0.0)
     shared.merge([counter("a", wanted=90)], 0.0)
-    assert shared.shares(0.0).requests < 0.15
+    assert shared.shares(QUOTA, 0.0).requests < 0.15
     later = DEMAND_S + 0.5
     want(shared, 1, later)
     shared.merge([counter("a", wanted=90)], later)
-    assert shared.shares(later).requests > 0.95
+    assert shared.shares(QUOTA, later).requests > 0.95
     shared.merge([], later + STALE_S + 1)
     assert shared.peers() == 0
-    assert shared.shares(later + STALE_S + 1).requests == 1.0
+    assert shared.shares(QUOTA, later + STALE_S + 1).requests == 1.0
 
 
 def test_only_the_increase_is_news_and_the_first_hearing_is_none() -> None:
@@ -156,4 +158,4 @@ def test_what_waits_is_wanted_again() -> None:
         shared.counters(50, 5000, float(second), WALL + second)
         shared.merge([counter("a", wanted=1 + second)], second + 0.5)
         if second > DEMAND_S:
-            assert shared.shares(second + 0.9).requests > 0.8
+            assert shared.shares(QUOTA, second + 0.9).requests > 0.8

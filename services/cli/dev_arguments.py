@@ -6,8 +6,8 @@ import argparse
 from typing import Final
 
 from services.cli.oncall_arguments import Commands, duration
-from services.dev.provider.fault_text import ALWAYS, fault_from_text
-from services.dev.provider.faults import Fault, FaultError, Kind
+from services.dev.provider.fault_text import fault_from_text
+from services.dev.provider.faults import ALWAYS, Fault, FaultError, Kind
 from services.dev.provider.script import TOKENS_MAX
 
 DEFAULT_PORT: Final = 9009

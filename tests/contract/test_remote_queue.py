@@ -54,6 +54,7 @@ async def test_a_queue_has_an_end() -> None:
         error = await rig.refusal()
         assert error.reason == "CAPACITY_EXHAUSTED"
         assert error.retry_after_s is not None
+        assert rig.sample("caravan_remote_requests_total", outcome="capacity_exhausted") == 1
         rig.provider.script = Script(tokens=1)
         first.cancel()
         await second

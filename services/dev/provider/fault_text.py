@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from services.dev.provider.faults import Fault, FaultError, Kind, fault_of
+from services.dev.provider.faults import ALWAYS, Fault, FaultError, Kind, fault_of
 
-ALWAYS: Final = "always"
-"""`times=always`: until it is removed."""
 _MAIN: Final = {
     Kind.STATUS: "status",
     Kind.DELAY: "seconds",
@@ -44,9 +42,9 @@ def fault_from_text(text: str) -> Fault:
     return fault_of(named)
 
 
-def _value(field: str, text: str) -> int | float | str | None:
+def _value(field: str, text: str) -> int | float | str:
     if field == "times" and text == ALWAYS:
-        return None
+        return text
     try:
         if field in _WHOLE:
             return int(text)

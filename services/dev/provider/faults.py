@@ -88,6 +88,8 @@ class Fault:
 
 
 _NAMES: Final = {field.name for field in fields(Fault)}
+ALWAYS: Final = "always"
+"""As `times`: until it is removed."""
 _WHOLE: Final = {"after", "status", "size", "times"}
 _NULLABLE: Final = {"after", "times"}
 _TEXTS: Final = {"retry_after", "reason"}
@@ -98,6 +100,8 @@ def fault_of(values: Mapping[str, Any]) -> Fault:
     if unknown := set(values) - _NAMES:
         raise FaultError(f"no such field: {', '.join(sorted(unknown))}")
     named = dict(values)
+    if named.get("times") == ALWAYS:
+        named["times"] = None
     try:
         named["kind"] = Kind(named.get("kind"))
     except ValueError:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.faults import (
-    Fault,
+from services.engine.remote.explanation import (
+    Explanation,
     document_of,
-    error_of_fault,
+    explained_error,
     failure_of_status,
     text_at,
 )
@@ -54,10 +54,10 @@ def _error(
     status: int, error: Any, retry: float | None, redact: Callable[[str], str]
 ) -> ProviderError:
     kind, message = text_at(error, "type"), text_at(error, "message")
-    fault = Fault(status, kind=kind, message=message, retry_after_s=retry)
+    explanation = Explanation(status, kind=kind, message=message, retry_after_s=retry)
     failure = failure_of_status(status)
     if kind == "permission_error":
         failure = Failure.FORBIDDEN
     elif kind == "invalid_request_error" and status < 500 and _TOO_LONG.search(message):
         failure = Failure.CONTEXT_LENGTH_EXCEEDED
-    return error_of_fault(_ANTHROPIC, failure, fault, redact)
+    return explained_error(_ANTHROPIC, failure, explanation, redact)

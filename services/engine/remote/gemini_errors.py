@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.faults import (
-    Fault,
+from services.engine.remote.explanation import (
+    Explanation,
     document_of,
-    error_of_fault,
+    explained_error,
     failure_of_status,
     text_at,
 )
@@ -48,8 +48,8 @@ def error_of_event(error: Any, redact: Callable[[str], str]) -> ProviderError:
 
 def blocked_prompt(reason: str, redact: Callable[[str], str]) -> ProviderError:
     """The API answered 200, and that it does not answer."""
-    fault = Fault(200, code=reason, message=f"The prompt was blocked ({reason}).")
-    return error_of_fault(_GEMINI, Failure.CONTENT_FILTERED, fault, redact)
+    explanation = Explanation(200, code=reason, message=f"The prompt was blocked ({reason}).")
+    return explained_error(_GEMINI, Failure.CONTENT_FILTERED, explanation, redact)
 
 
 def _error(
@@ -57,13 +57,13 @@ def _error(
 ) -> ProviderError:
     kind, message = text_at(error, "status"), text_at(error, "message")
     details = _details(error)
-    fault = Fault(
+    explanation = Explanation(
         status,
         kind=kind,
         message=message,
         retry_after_s=_retry_delay(details) if retry is None else retry,
     )
-    return error_of_fault(_GEMINI, _failure(status, kind, message, details), fault, redact)
+    return explained_error(_GEMINI, _failure(status, kind, message, details), explanation, redact)
 
 
 def _failure(status: int, kind: str, message: str, details: list[Any]) -> Failure:

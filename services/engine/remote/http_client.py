@@ -27,7 +27,7 @@ IDLE_S: Final = 90.0
 """How long a connection is kept that nobody uses."""
 _HEADERS: Final = {
     "content-type": "application/json",
-    "accept": "text/event-stream",
+    "accept": "text/event-stream, application/json",
     # Compressed events would wait for each other in the compressor.
     "accept-encoding": "identity",
     "user-agent": "caravan",

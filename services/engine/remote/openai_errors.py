@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.faults import (
-    Fault,
+from services.engine.remote.explanation import (
+    Explanation,
     document_of,
-    error_of_fault,
+    explained_error,
     failure_of_status,
     text_at,
 )
@@ -45,8 +45,8 @@ def error_of_response(
     """What an answer other than 200 means. `retry_s` is what its headers ask for, in seconds."""
     document = document_of(body)
     error = document.get("error", document) if isinstance(document, dict) else None
-    fault = _fault(status, error, retry_s)
-    return error_of_fault(provider, _failure(fault), fault, redact)
+    explanation = _explanation(status, error, retry_s)
+    return explained_error(provider, _failure(explanation), explanation, redact)
 
 
 def error_of_event(provider: Provider, error: Any, redact: Callable[[str], str]) -> ProviderError:
@@ -55,13 +55,13 @@ def error_of_event(provider: Provider, error: Any, redact: Callable[[str], str])
     status = int(code) if code.isdecimal() and len(code) == 3 else 0
     if not status:
         status = _STATUSES.get(code) or _STATUSES.get(text_at(error, "type")) or 500
-    fault = _fault(status, error, None)
-    return error_of_fault(provider, _failure(fault), fault, redact)
+    explanation = _explanation(status, error, None)
+    return explained_error(provider, _failure(explanation), explanation, redact)
 
 
-def _fault(status: int, error: Any, retry: float | None) -> Fault:
+def _explanation(status: int, error: Any, retry: float | None) -> Explanation:
     message = error if isinstance(error, str) else text_at(error, "message")
-    return Fault(
+    return Explanation(
         status,
         kind=text_at(error, "type"),
         code=text_at(error, "code"),
@@ -71,11 +71,11 @@ def _fault(status: int, error: Any, retry: float | None) -> Fault:
     )
 
 
-def _failure(fault: Fault) -> Failure:
+def _failure(explanation: Explanation) -> Failure:
     """S3.20 on top of the status. Azure and LiteLLM tell of their filters with 400 too."""
-    if 400 <= fault.status < 500:
-        if fault.code == _CONTEXT:
+    if 400 <= explanation.status < 500:
+        if explanation.code == _CONTEXT:
             return Failure.CONTEXT_LENGTH_EXCEEDED
-        if _FILTERS & {fault.code, fault.kind}:
+        if _FILTERS & {explanation.code, explanation.kind}:
             return Failure.CONTENT_FILTERED
-    return failure_of_status(fault.status)
+    return failure_of_status(explanation.status)

@@ -24,6 +24,9 @@ LOGIT_BIAS_MAX: Final = 1024
 PARTS_MAX: Final = 256
 URL_BYTES_MAX: Final = 8 * 1024
 MEDIA_TYPES: Final = frozenset({"image/png", "image/jpeg", "image/gif", "image/webp"})
+_ROLES: Final = frozenset(
+    {chat_pb2.ROLE_SYSTEM, chat_pb2.ROLE_USER, chat_pb2.ROLE_ASSISTANT, chat_pb2.ROLE_TOOL}
+)
 _REQUIRING: Final = frozenset({chat_pb2.ToolChoice.MODE_REQUIRED, chat_pb2.ToolChoice.MODE_NAMED})
 
 
@@ -156,10 +159,10 @@ def _check_chat(generate: pb.GenerateRequest) -> None:
     if not chat.messages:
         raise invalid("messages", "A chat has at least one message.")
     for index, message in enumerate(chat.messages):
-        if message.role == chat_pb2.ROLE_UNSPECIFIED:
-            raise invalid(f"messages[{index}].role", "A message needs a role.")
-        _check_parts(message, f"messages[{index}].parts")
+        _check_message(message, f"messages[{index}]")
     mode, name = chat.tool_choice.mode, chat.tool_choice.name
+    if mode not in chat_pb2.ToolChoice.Mode.values():
+        raise invalid("tool_choice", "There is no such choice of tools.")
     if mode in _REQUIRING:
         if not chat.tools:
             raise invalid("tool_choice", "The tool choice asks for a tool, and there are none.")
@@ -172,6 +175,16 @@ def _check_chat(generate: pb.GenerateRequest) -> None:
             raise invalid("tool_choice", f"There is no tool {name!r}.")
     elif name:
         raise invalid("tool_choice", "Only a named tool choice has a name.")
+
+
+def _check_message(message: chat_pb2.ChatMessage, at: str) -> None:
+    if message.role not in _ROLES:
+        raise invalid(f"{at}.role", "A message needs a role.")
+    if message.tool_calls and message.role != chat_pb2.ROLE_ASSISTANT:
+        raise invalid(f"{at}.tool_calls", "Only the assistant calls tools.")
+    if message.tool_call_id and message.role != chat_pb2.ROLE_TOOL:
+        raise invalid(f"{at}.tool_call_id", "Only the result of a tool is of a call.")
+    _check_parts(message, f"{at}.parts")
 
 
 def _check_parts(message: chat_pb2.ChatMessage, at: str) -> None:
@@ -192,6 +205,8 @@ def _check_parts(message: chat_pb2.ChatMessage, at: str) -> None:
 
 
 def _check_image(image: chat_pb2.Image, at: str) -> None:
+    if image.detail not in chat_pb2.Image.Detail.values():
+        raise invalid(f"{at}.detail", "There is no such detail.")
     if image.WhichOneof("source") == "url":
         if not image.url.startswith(("https://", "http://")):
             raise invalid(f"{at}.url", "The URL of an image begins with https:// or http://.")

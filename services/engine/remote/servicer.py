@@ -50,8 +50,12 @@ class RemoteEngineServicer(pb_grpc.EngineServiceServicer):
         self, generate: pb.GenerateRequest, context: Context
     ) -> Iterator[tuple[Request, RequestSpan]]:
         """A request from its admission to its end, whatever ends it."""
-        request = self._engine.register(generate.request_id)
         endpoint = self._engine.endpoint
+        try:
+            request = self._engine.register(generate.request_id)
+        except CaravanError as error:
+            endpoint.metrics.requests.labels(error.reason.lower()).inc()
+            raise
         span = self._tracing.start(
             "generate",
             context.invocation_metadata(),

@@ -169,7 +169,8 @@ class SharedLimits:
 
 def _share(own: int, peers: int, engines: int, per_minute: int) -> float:
     wanted, even = own + peers, 1 / engines
+    if not wanted:
+        return even
     most = per_minute * DEMAND_S / 60
-    if wanted <= most:
-        return even if not wanted else (own + (most - wanted) * even) / most
-    return (1 - EVEN) * own / wanted + EVEN * even
+    share = own / wanted if wanted >= most else (own + (most - wanted) * even) / most
+    return (1 - EVEN) * share + EVEN * even

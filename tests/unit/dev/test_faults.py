@@ -44,6 +44,7 @@ def test_there_is_a_limit() -> None:
 def test_a_fault_from_json() -> None:
     found = fault_of({"kind": "status", "status": 429, "retry_after": "2", "times": None})
     assert found == Fault(Kind.STATUS, status=429, retry_after="2", times=None)
+    assert fault_of({"kind": "hang", "times": "always"}) == Fault(Kind.HANG, times=None)
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,15 @@ def test_shares_follow_demand_and_add_up() -> None:
     assert sum(shares) == pytest.approx(1.0)
 
 
+def test_what_nobody_wants_is_shared_evenly() -> None:
+    """While all want less than the limit, each has what it wants and room for more."""
+    shared = engine()
+    want(shared, 1, 0.0)
+    shared.merge([counter("a", wanted=15)], 0.0)
+    # Of 30 within the time of demand: 1, and half of the 14 that nobody wants.
+    assert shared.shares(Quota(600), 0.0).requests == pytest.approx(8 / 30, abs=0.01)
+
+
 def test_nobody_who_asks_gives_an_even_share() -> None:
     """Three who all rest could begin at once."""
     shared = engine()
@@ -76,7 +85,7 @@ def test_demand_is_forgotten_and_peers_too() -> None:
     shared.merge([counter("a", wanted=90)], 0.0)
     assert shared.shares(QUOTA, 0.0).requests < 0.15
     later = DEMAND_S + 0.5
-    want(shared, 1, later)
+    want(shared, 10, later)
     shared.merge([counter("a", wanted=90)], later)
     assert shared.shares(QUOTA, later).requests > 0.95
     shared.merge([], later + STALE_S + 1)

@@ -27,6 +27,15 @@ def _image(**values: Any) -> pb.GenerateRequest:
     return chat(user("", parts=[chat_pb2.ContentPart(image=IMAGE(**values))]))
 
 
+def _unknown(enum: str) -> pb.GenerateRequest:
+    """A value that only a newer contract has."""
+    generate = _image(url="https://e.org/a.png")
+    message = generate.chat.messages[0]
+    of = {"role": message, "mode": generate.chat.tool_choice, "detail": message.parts[0].image}
+    setattr(of[enum], enum, 99)
+    return generate
+
+
 def _schema(text: str) -> pb.GenerateRequest:
     return chat(sampling=sampling(grammar=generation_pb2.Grammar(json_schema=text)))
 
@@ -45,6 +54,11 @@ def _parameters(text: str) -> pb.GenerateRequest:
         (pb.GenerateRequest(text=""), "prompt"),
         (pb.GenerateRequest(chat=chat_pb2.ChatPrompt()), "messages"),
         (chat(chat_pb2.ChatMessage(content="x")), "messages[0].role"),
+        (_unknown("role"), "messages[0].role"),
+        (_unknown("mode"), "tool_choice"),
+        (_unknown("detail"), "messages[0].parts[0].image.detail"),
+        (chat(user("x", tool_call_id="c")), "messages[0].tool_call_id"),
+        (chat(user("x", tool_calls=[call("c", "a", "{}")])), "messages[0].tool_calls"),
         (chat(user("x", parts=[chat_pb2.ContentPart(text="y")])), "messages[0].parts"),
         (chat(user("", parts=[chat_pb2.ContentPart()])), "messages[0].parts[0]"),
         (_image(), "messages[0].parts[0].image"),

@@ -27,7 +27,7 @@ _BY_STATUS: Final[Mapping[int, Failure]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class Explanation:
     """What a provider says of a failure; texts are as it wrote them.
 
     `status` is of HTTP, or what HTTP would have said of an error within a stream. `kind` and `code` are words of its API.
@@ -52,36 +52,41 @@ def failure_of_status(status: int) -> Failure:
     return Failure.SERVER_ERROR
 
 
-def error_of_fault(
-    provider: Provider, failure: Failure, fault: Fault, redact: Callable[[str], str]
+def explained_error(
+    provider: Provider, failure: Failure, explanation: Explanation, redact: Callable[[str], str]
 ) -> ProviderError:
     """The error for the caller. What the provider wrote is redacted and cut; of a refused credential nothing is quoted."""
-    said = redact(fault.message)[:_MESSAGE_CHARACTERS_MAX]
+    said = redact(explanation.message)[:_MESSAGE_CHARACTERS_MAX]
     if failure is Failure.UNAUTHORIZED:
         # Providers quote a part of the key here.
         text = f"{provider.title} does not take the credential of the deployment."
     elif said:
         text = f"{provider.title} says: {said}"
     else:
-        text = f"{provider.title} answered with status {fault.status}."
+        text = f"{provider.title} answered with status {explanation.status}."
     return ProviderError(
-        failure, text, retry_after_s=fault.retry_after_s, **_metadata(failure, fault, redact)
+        failure,
+        text,
+        retry_after_s=explanation.retry_after_s,
+        **_metadata(failure, explanation, redact),
     )
 
 
-def _metadata(failure: Failure, fault: Fault, redact: Callable[[str], str]) -> dict[str, str]:
+def _metadata(
+    failure: Failure, explanation: Explanation, redact: Callable[[str], str]
+) -> dict[str, str]:
     """What core.v1.ErrorReason documents for the failure."""
     if failure is Failure.RATE_LIMITED:
-        return {"limit": redact(fault.code or fault.kind) or "provider"}
+        return {"limit": redact(explanation.code or explanation.kind) or "provider"}
     if failure is Failure.CONTENT_FILTERED:
-        return {"category": redact(fault.code or fault.kind)}
+        return {"category": redact(explanation.code or explanation.kind)}
     if failure is Failure.CONTEXT_LENGTH_EXCEEDED:
         return {"param": "messages"}
     if failure is Failure.REJECTED:
-        found = {"status": str(fault.status)}
-        return {**found, "param": redact(fault.param)} if fault.param else found
+        found = {"status": str(explanation.status)}
+        return {**found, "param": redact(explanation.param)} if explanation.param else found
     if failure is Failure.SERVER_ERROR:
-        return {"status": str(fault.status)}
+        return {"status": str(explanation.status)}
     return {}
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.explanation import (
     Explanation,
     document_of,
@@ -14,6 +13,7 @@ from services.engine.remote.explanation import (
     failure_of_status,
     text_at,
 )
+from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.provider import Provider
 
 _ANTHROPIC: Final = Provider.ANTHROPIC

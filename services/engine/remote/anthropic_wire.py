@@ -11,8 +11,8 @@ from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.engine.remote import anthropic_errors
 from services.engine.remote.anthropic_answer import AnthropicReader
-from services.engine.remote.failure import ProviderError
 from services.engine.remote.explanation import retry_after_s
+from services.engine.remote.failure import ProviderError
 from services.engine.remote.json_values import (
     call_arguments,
     is_any_object,

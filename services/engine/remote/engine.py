@@ -17,6 +17,7 @@ from caravan.engine.v1 import remote_service_pb2
 from services.engine.drain import Drain
 from services.engine.progress import ProgressTimer
 from services.engine.rate import Rate
+from services.engine.remote import status
 from services.engine.remote.dispatcher import Dispatcher, Job
 from services.engine.remote.endpoint import Endpoint
 from services.engine.remote.estimate import expected_tokens, prompt_tokens
@@ -245,15 +246,7 @@ class RemoteEngine:
 
     def model(self) -> pb.ModelInfo:
         """What the engine is."""
-        endpoint = self.endpoint
-        return pb.ModelInfo(
-            name=self.identity.model_name,
-            description=f"{endpoint.model} at {endpoint.provider}",
-            max_sequences=self._options.workers,
-            cache_support=pb.CACHE_SUPPORT_OFF,
-            cache_note="a provider runs the model, and caches by rules of its own",
-            provider=endpoint.provider,
-        )
+        return status.model_info(self.identity.model_name, self.endpoint, self._options)
 
     def load(self) -> pb.EngineLoad:
         """What the engine does."""
@@ -276,23 +269,7 @@ class RemoteEngine:
 
     def remote_status(self) -> remote_service_pb2.GetRemoteStatusResponse:
         """How it stands with the provider."""
-        endpoint, pool = self.endpoint, self.dispatcher.pool
-        price = endpoint.accounts.tariff.price
-        return remote_service_pb2.GetRemoteStatusResponse(
-            provider=endpoint.provider,
-            model=endpoint.model,
-            base_url=self._options.base_url,
-            breaker=endpoint.breaker.status(self._clock.monotonic()),
-            limits=endpoint.gate.status(),
-            busy_workers=pool.busy,
-            workers=pool.count,
-            replaced_workers=pool.replaced,
-            queued=self.dispatcher.waiting,
-            queue_capacity=self._options.queue_capacity if self._options.patience else 0,
-            credential=endpoint.credentials.status(),
-            price=None if price is None else price.to_message(),
-            price_date=endpoint.accounts.tariff.date if price is not None else "",
-        )
+        return status.remote_status(self.endpoint, self._options, self.dispatcher)
 
     def extend(self, report: coordinator_service_pb2.EngineReport) -> None:
         """Adds what was spent, and what was used of shared limits."""

@@ -40,6 +40,11 @@ class Explanation:
     param: str = ""
     retry_after_s: float | None = None
 
+    @property
+    def word(self) -> str:
+        """The provider's word for it. Some servers repeat the status as the code, which says nothing more."""
+        return self.kind if self.code.isdecimal() else self.code or self.kind
+
 
 def failure_of_status(status: int) -> Failure:
     """What an HTTP status means where the provider says nothing more precise."""
@@ -77,9 +82,9 @@ def _metadata(
 ) -> dict[str, str]:
     """What core.v1.ErrorReason documents for the failure."""
     if failure is Failure.RATE_LIMITED:
-        return {"limit": redact(explanation.code or explanation.kind) or "provider"}
+        return {"limit": redact(explanation.word) or "provider"}
     if failure is Failure.CONTENT_FILTERED:
-        return {"category": redact(explanation.code or explanation.kind)}
+        return {"category": redact(explanation.word)}
     if failure is Failure.CONTEXT_LENGTH_EXCEEDED:
         return {"param": "messages"}
     if failure is Failure.REJECTED:

@@ -12,8 +12,8 @@ from caravan.core.v1 import chat_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.engine.remote import gemini_errors
-from services.engine.remote.failure import ProviderError
 from services.engine.remote.explanation import retry_after_s
+from services.engine.remote.failure import ProviderError
 from services.engine.remote.gemini_answer import GeminiReader
 from services.engine.remote.json_values import (
     call_arguments,

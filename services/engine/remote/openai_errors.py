@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.explanation import (
     Explanation,
     document_of,
@@ -13,6 +12,7 @@ from services.engine.remote.explanation import (
     failure_of_status,
     text_at,
 )
+from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.provider import Provider
 
 _FILTERS: Final = frozenset(

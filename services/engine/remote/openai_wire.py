@@ -11,8 +11,8 @@ from caravan.core.v1 import chat_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.engine.remote import openai_errors
-from services.engine.remote.failure import ProviderError
 from services.engine.remote.explanation import retry_after_s
+from services.engine.remote.failure import ProviderError
 from services.engine.remote.json_values import is_any_object, json_object, tool_parameters
 from services.engine.remote.openai_answer import OpenAiReader
 from services.engine.remote.provider import Provider, provider_model

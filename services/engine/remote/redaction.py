@@ -35,35 +35,30 @@ class Redactor:
     """Knows the secrets of one engine. Holds up to KEPT_MAX; a new one then takes the place of the oldest."""
 
     def __init__(self, *secrets: str) -> None:
-        self._secrets: dict[str, None] = {}
-        self._pattern: re.Pattern[str] | None = None
-        self._encoded: list[str] = []
+        self._forms: dict[str, _Forms] = {}
+        self._longest_first: list[_Forms] = []
         for secret in secrets:
             self.add(secret)
 
     def __repr__(self) -> str:
-        return f"Redactor({len(self._secrets)} secrets)"
+        return f"Redactor({len(self._forms)} secrets)"
 
     def add(self, secret: str) -> None:
         """Remembers a secret, beside those before it."""
         if len(secret) < LEAST_CHARACTERS:
             return
-        self._secrets.pop(secret, None)
-        self._secrets[secret] = None
-        while len(self._secrets) > KEPT_MAX:
-            del self._secrets[next(iter(self._secrets))]
-        # The longest first: a secret may be part of another.
-        known = sorted(self._secrets, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(_any_form, known)))
-        encoded = {form for secret in known for form in _in_base64(secret.encode())}
-        self._encoded = sorted(encoded, key=len, reverse=True)
+        forms = self._forms.pop(secret) if secret in self._forms else _Forms(secret)
+        self._forms[secret] = forms  # The youngest is the last.
+        while len(self._forms) > KEPT_MAX:
+            del self._forms[next(iter(self._forms))]
+        # A secret may be part of another.
+        ordered = sorted(self._forms, key=len, reverse=True)
+        self._longest_first = [self._forms[one] for one in ordered]
 
     def clean(self, text: str) -> str:
         """The text without secrets."""
-        if self._pattern is not None:
-            text = self._pattern.sub(REDACTED, text)
-        for encoded in self._encoded:
-            text = text.replace(encoded, REDACTED)
+        for forms in self._longest_first:
+            text = forms.remove(text)
         for shape in _SHAPES:
             text = shape.sub(rf"\g<1>{REDACTED}", text)
         return text
@@ -97,17 +92,29 @@ def redact_logs(redactor: Redactor, logger: logging.Logger) -> None:
         handler.setFormatter(RedactingFormatter(redactor, inner))
 
 
-def _any_form(secret: str) -> str:
-    """A pattern of the secret as it is, or with any of its characters escaped as URLs, JSON or Python's `repr` do."""
-    return "".join(_any_character(character) for character in secret)
+class _Forms:
+    """What one secret looks like. Made when it becomes known, on the event loop: that must not take long for a long one."""
+
+    def __init__(self, secret: str) -> None:
+        self._pattern = re.compile("".join(map(_escaped_if_need_be, secret)))
+        self._literals = tuple(_in_base64(secret.encode()))
+
+    def remove(self, text: str) -> str:
+        """The text without it."""
+        text = self._pattern.sub(REDACTED, text)
+        for literal in self._literals:
+            text = text.replace(literal, REDACTED)
+        return text
 
 
-def _any_character(character: str) -> str:
-    code = ord(character)
+def _escaped_if_need_be(character: str) -> str:
+    """A pattern of a character as it is, or escaped as URLs, JSON or Python's `repr` do with those that mean something to them."""
+    if character.isascii() and (character.isalnum() or character in "-._~"):
+        return re.escape(character)
     if character == "\\":
         return r"(?:(?i:\\{1,4}u005c|%5c)|\\{1,4})"
-    escaped = "".join(f"%{byte:02x}" for byte in character.encode(errors="replace"))
-    return rf"(?:\\{{0,3}}(?:{re.escape(character)}|(?i:u{code:04x}))|(?i:{escaped}))"
+    in_url = "".join(f"%{byte:02x}" for byte in character.encode(errors="replace"))
+    return rf"(?:\\{{0,3}}(?:{re.escape(character)}|(?i:u{ord(character):04x}))|(?i:{in_url}))"
 
 
 def _in_base64(secret: bytes) -> Iterator[str]:

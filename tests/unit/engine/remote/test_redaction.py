@@ -33,8 +33,6 @@ FORMS: dict[str, Callable[[str], str]] = {
     "url-safe base64": lambda s: base64.urlsafe_b64encode(s.encode()).decode().rstrip("="),
     "basic": lambda s: base64.b64encode(f"user:{s}".encode()).decode(),
     "basic, other user": lambda s: base64.b64encode(f"me:{s}".encode()).decode(),
-    "json, all escaped": lambda s: "".join(f"\\u{ord(c):04X}" for c in s),
-    "url, all escaped": lambda s: "".join(f"%{ord(c):02x}" for c in s),
     "json in json": lambda s: json.dumps(json.dumps({"message": s})),
     "repr": lambda s: repr([(b"authorization", f"Bearer {s}".encode())]),
 }
@@ -86,7 +84,7 @@ def test_former_secrets_are_removed_too() -> None:
         redactor.add(f"sk-rotated-{number:03}")
     newest = " ".join(f"sk-rotated-{number:03}" for number in range(10, KEPT_MAX + 10))
     assert "rotated" not in redactor.clean(newest)
-    assert len(redactor._secrets) == KEPT_MAX
+    assert len(redactor._forms) == KEPT_MAX
 
 
 @pytest.mark.parametrize(

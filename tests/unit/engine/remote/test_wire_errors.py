@@ -165,6 +165,8 @@ def test_what_the_caller_is_told() -> None:
         "limit": "insufficient_quota"
     }
     assert error(OPENAI, 429).metadata == {"limit": "provider"}
+    body = {"error": {"code": "429", "type": "throttling_error"}}
+    assert error(OPENAI, 429, body).metadata == {"limit": "throttling_error"}
     assert error(OPENAI, 500, {"error": "out of memory"}).message == "OpenAI says: out of memory"
 
 

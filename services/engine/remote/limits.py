@@ -4,10 +4,10 @@ Two meters stand in a row. The engine's own keeps to its share of each limit. Th
 soon as it is told, the others have let through; where shares have been too large for a moment, because demand or engines have
 changed, everybody waits until the sum is back on its line. So a deviation is made good and does not grow.
 
-Bounds in approximate mode, for a limit of L a minute and `n` engines, in any span of 60 s: L and one request of each engine where
-shares are up to date; more by at most (n - 1) * L * D / 60, where D is the age of what the engines know of each other: 1 s to 2 s in
-service, at most STALE_S. While the coordinator is away each keeps to a tenth. Limits that are so small that a few requests
-matter want the strict mode.
+Bounds in approximate mode, for a limit of L a minute and `n` engines, in any span of 60 s: L and one request of each engine while
+what they know of each other is true. Where demand moves or engines come, more by at most (n - 1) * L * D / 60, where D is the age of
+what they know: 1 s to 2 s in service, and at most AGE_MAX_S, because an engine that has heard nothing for STALE_S keeps to a tenth,
+and nobody is answered who was not heard. Limits that are so small that a few requests matter want the strict mode.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 
-from services.engine.remote.shared_limits import SharedLimits
+from services.engine.remote.shared_limits import STALE_S, SharedLimits
 from services.runtime.gcra import Gcra
 from services.runtime.rate_limiter import (
     REQUESTS,
@@ -31,6 +31,8 @@ from services.runtime.rate_limiter import (
     rate_of,
 )
 
+AGE_MAX_S: Final = 2 * STALE_S + 2.0
+"""The others know of an engine as of its last report, at most STALE_S ago, and may have heard that STALE_S ago; and messages take time."""
 SHARED_S: Final = 0.25
 """Time between two looks at the shares."""
 FIRST_FILL: Final = 0.5

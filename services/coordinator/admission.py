@@ -19,6 +19,7 @@ from services.coordinator.grants import Grants
 from services.coordinator.leases import Ended, Lease
 from services.coordinator.limits import Limits
 from services.coordinator.models import ModelCatalogue, ModelRecord
+from services.coordinator.returns import lives_to_return_to
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
 
@@ -201,9 +202,22 @@ class Admission(Grants):
                 error = refusals.queue_timeout(model, now - want.arrived_at)
                 refused.append(Refusal(request_id, error))
             written_off += (self._write_off(request_id) for request_id in expired.written_off)
+            self._let_return(model, now)
             self._models.forget_passing(model)
         ended = Effects(refusals=tuple(refused), written_off=tuple(written_off))
         return learned + ended + self.start(now)
+
+    def _let_return(self, model: ModelRecord, now: float) -> None:
+        """Lets requests go back to engines that lost them, where there is no other. O(engines and requests that wait ahead)."""
+        if not len(model.ahead):
+            return
+        ready = [engine for engine in model.engines.values() if engine.is_ready]
+        for request_id in model.ahead.keys():
+            want = self.waiting.of_request(request_id)
+            assert want is not None  # It waits for as long as it is in the line.
+            lives = lives_to_return_to(want, ready, now, self._limits.return_s)
+            if lives:
+                self._avoid(model, want, want.avoid - lives)
 
     def _end_learning(self, now: float) -> Effects:
         """The engines that there are have joined: who waits for another is told that there is none."""
@@ -241,9 +255,11 @@ class Admission(Grants):
         for want in self.waiting:
             others = want.revisions and engine.revision not in want.revisions
             if others and want.model == model.name:
-                model.ahead.avoid_too(want.request_id, engine.incarnation)
-                avoid = want.avoid | {engine.incarnation}
-                self.waiting.replace(dataclasses.replace(want, avoid=avoid))
+                self._avoid(model, want, want.avoid | {engine.incarnation})
+
+    def _avoid(self, model: ModelRecord, want: Want, avoid: frozenset[str]) -> None:
+        model.ahead.change(want.request_id, avoid)
+        self.waiting.replace(dataclasses.replace(want, avoid=avoid))
 
     def refuse_waiting(
         self, name: str, error: CaravanError, now: float, *, only_begun: bool = False

@@ -37,14 +37,17 @@ class AheadLine:
         if not line:
             del self._lines[avoid]
 
-    def avoid_too(self, key: str, life: str) -> None:
-        """A key that is there avoids one more life; its place is that of its arrival."""
-        avoid = self._places[key]
-        arrival = self._lines[avoid][key]
+    def change(self, key: str, avoid: frozenset[str]) -> None:
+        """A key that is there avoids other lives now; its place is that of its arrival."""
+        arrival = self._lines[self._places[key]][key]
         self.discard(key)
-        self._places[key] = avoid | {life}
-        line = self._lines.get(avoid | {life}, {}) | {key: arrival}
-        self._lines[avoid | {life}] = dict(sorted(line.items(), key=lambda item: item[1]))
+        self._places[key] = avoid
+        line = self._lines.get(avoid, {}) | {key: arrival}
+        self._lines[avoid] = dict(sorted(line.items(), key=lambda item: item[1]))
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys, in no order."""
+        return tuple(self._places)
 
     def first(self, has_room_for: Callable[[frozenset[str]], bool]) -> str | None:
         """The key that came first among those for which there is room; None where there is none. O(lines)."""

@@ -12,6 +12,9 @@ SILENT_INTERVALS_MAX = 3
 BACKOFF_MAX_S = 5.0
 """Longest pause of an engine or gateway between two tries to join."""
 
+RETURN_S = 5.0
+"""Seconds that a request which lost its engine waits for another, before it goes back to one that lost it."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +30,7 @@ class Limits:
     queue_s: float = 30.0
     cancel_budget_s: float = 10.0
     rollout_grace_s: float = 600.0
+    return_s: float = RETURN_S
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property

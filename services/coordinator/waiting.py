@@ -15,8 +15,8 @@ class Want:
     """A request that asks for a lease, which gets the id `lease_id`.
 
     `arrived_at` is in monotonic seconds, `wait_s` the longest time to wait; 0: not at all. `affinity` are hashes of the prompt
-    at each message boundary, the longest prefix last; `session_id` is the conversation, if any. It is never given to an engine
-    whose life (incarnation) it must `avoid`. One that is `resumed` runs already and has lost its engine. One that `may_fall_back`
+    at each message boundary, the longest prefix last; `session_id` is the conversation, if any. It is not given to an engine
+    whose life (incarnation) it must `avoid`; see returns.py for how long. One that is `resumed` runs already and has lost its engine. One that `may_fall_back`
     goes along the fallbacks of its deployment, leaving out those that have `failed`, with why. Where `revisions` are named, engines
     of others cannot go on with its answer.
     """

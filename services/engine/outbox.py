@@ -89,7 +89,7 @@ class Outbox(News[Update]):
             pending.calls.extend(calls)
         if logprobs is not None:
             pending.logprobs.append(logprobs)
-        self._wake()
+        self._wake_in_time()
 
     def end(self, ending: Ending) -> None:
         """The answer is complete."""

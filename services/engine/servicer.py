@@ -15,6 +15,7 @@ from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
 from services.engine import messages
 from services.engine.engine import Engine
 from services.engine.inflight import Inflight
+from services.engine.news import WHOLE_GATHER_S
 from services.engine.outbox import Ending, Update
 from services.engine.preparation import check_request_id, check_session_id
 from services.engine.sampling import TokenLogprobs
@@ -99,6 +100,8 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
     async def _events(
         self, request: pb.GenerateRequest, row: Inflight, span: RequestSpan
     ) -> AsyncIterator[pb.GenerateResponse]:
+        if request.whole:
+            row.outbox.gather(WHOLE_GATHER_S)
         await self._submit(request, row, prefill_only=False)
         started = False
         while True:

@@ -52,6 +52,7 @@ def _generate(given: _Common, max_tokens: tuple[str, int | None]) -> engine_pb.G
         sampling=_sampling(given),
         stop=_stop(given, max_tokens),
         cache=cache_options.from_openai(given),
+        whole=not given.stream,
     )
 
 

@@ -32,6 +32,7 @@ CONCURRENT_MAX: Final = 1_000_000
 USD_PER_MILLION_MAX: Final = 1e6
 WAIT_S_MAX: Final = 3_600.0
 TOTAL_S_MAX: Final = 86_400.0
+GATHER_S_MAX: Final = 1.0
 PAUSE_S_MIN: Final = 0.001
 """A shorter wait between two tries is none, and would be a mistake of the unit."""
 KEY_BYTES_MAX: Final = 128
@@ -64,6 +65,7 @@ def find_mistakes(
         *_of_limits(options.limits),
         *_of_price(options.price),
         *_of_queue(options),
+        *_duration(options, "", "gather", 0.0, GATHER_S_MAX),
     ]
 
 
@@ -234,7 +236,8 @@ def _duration(message: Any, part: str, name: str, least_s: float, most_s: float)
         return
     value_s = _seconds(getattr(message, name))
     if not least_s <= value_s <= most_s:
-        yield f"{part}.{name}", f"{value_s:g} s is not within {least_s:g} to {most_s:g} s"
+        path = f"{part}.{name}" if part else name
+        yield path, f"{value_s:g} s is not within {least_s:g} to {most_s:g} s"
 
 
 def _seconds(duration: Duration) -> float:

@@ -31,6 +31,7 @@ LIMITS = Limits(
     queued_max=3,
     queue_s=4.0,
     cancel_budget_s=2.0,
+    return_s=1.0,
 )
 NAMES = ("demo", "other", "third")
 MODELS = st.sampled_from(["demo"] * 4 + ["other", "third"])
@@ -280,9 +281,13 @@ class SessionsMachine(RuleBasedStateMachine):
         model.released = [r for r in model.released if r[1] > self.clock.now]
         assert {(c.session, c.request_id) for c in effects.cancels} >= model.cancels(late)
         self.expire_requests(effects)
+        model.let_return(self.clock.now)
         for name in NAMES:
             model.forget(name)
         self.take_grants(effects)
+        for name in NAMES:
+            first = model.next_waiting(name)
+            assert first is None or not model.routable(name, first.avoid)
 
     def expire_requests(self, effects: Effects) -> None:
         model = self.model

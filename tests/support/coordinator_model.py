@@ -44,6 +44,7 @@ class Held:
     start_by: float = 0.0
     stop_by: float = math.inf
     until: float = 0.0
+    arrived_at: float = 0.0
     avoid: frozenset[str] = frozenset()
     resumed: bool = False
     asked_to_end: bool = False
@@ -121,6 +122,16 @@ class Model:
         waiting = [w for w in self.waiting if w.model == model]
         ahead = [w for w in waiting if w.is_ahead and self.routable(model, w.avoid)]
         return next(iter([*ahead, *(w for w in waiting if not w.is_ahead)]), None)
+
+    def let_return(self, now: float) -> None:
+        """Who has waited for long, avoiding all engines that are ready, may go to those that have spoken since."""
+        for request in self.waiting:
+            ready = [e for e in self.engines if e.model == request.model and e.ready]
+            waited = now - request.arrived_at >= self.limits.return_s
+            if waited and request.is_ahead and {e.life for e in ready} <= request.avoid:
+                heard = {e.life for e in ready if e.heard_at > request.arrived_at}
+                # One that goes ahead stays there.
+                request.resumed, request.avoid = True, request.avoid - heard
 
     # --- what a route gets ---------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ LIMITS = Limits(
     queued_max=3,
     queue_s=4.0,
     cancel_budget_s=2.5,
+    return_s=1.5,
 )
 FAULTS_END_S = 15.0
 CAPACITY = 3
@@ -197,7 +198,9 @@ class World:
             stream, peer = self.streams[ending.session]
             self.soon(lambda p=peer, s=stream: self.break_stream(p, s))  # type: ignore[misc]
         for grant in effects.grants:
-            gateway, life, _ = self.waiting.pop(grant.lease.request_id)
+            gateway, life, want = self.waiting.pop(grant.lease.request_id)
+            has_waited = self.now - want.arrived_at >= LIMITS.return_s
+            assert has_waited or grant.lease.incarnation not in want.avoid
             self.begin(gateway, life, grant)
         for refusal in effects.refusals:
             gateway, life, want = self.waiting.pop(refusal.request_id)
@@ -229,7 +232,7 @@ class World:
         self.after(self.random.expovariate(2.0), self.request)
 
     def ask(self, gateway: Gateway, request_id: str, model: str, lost: Lease | None = None) -> None:
-        """Sends a route; one that has lost an engine must not come to it again."""
+        """Sends a route; one that has lost an engine must not come to it again, or not soon."""
         life, session, coordinator = gateway.life, gateway.gateway_id, self.coordinator
         want = Want(
             request_id,

@@ -28,6 +28,10 @@ class AnswerStream:
         self._reader = EventReader()
         self._has_ended = False
 
+    def gather(self, seconds: float) -> None:
+        """From now on lists of events come not earlier than so long after each other, and hold what has come meanwhile."""
+        self._content.gather(seconds)
+
     def batches(self) -> Self:
         """Iterates over lists of events, none of them empty. Raises ProviderError.
 

@@ -28,7 +28,7 @@ from services.engine.remote.request_checks import (
     split_system,
     unsupported,
 )
-from services.engine.remote.wire import WireRequest
+from services.engine.remote.wire import PLAIN, WireRequest
 from services.runtime.clock import Clock, IdSource
 
 VERSION: Final = "2023-06-01"
@@ -59,7 +59,9 @@ class AnthropicWire:
         self._ids = ids
         self._default_max_tokens = default_max_tokens
 
-    def request(self, generate: pb.GenerateRequest, model: str) -> WireRequest:
+    def request(
+        self, generate: pb.GenerateRequest, model: str, *, plain: bool = False
+    ) -> WireRequest:
         """See Wire. `cache` has no effect: the provider caches on its own."""
         check_request(generate, _ANTHROPIC)
         _check_possible(generate)
@@ -73,7 +75,7 @@ class AnthropicWire:
             "model": provider_model(_ANTHROPIC, model),
             "max_tokens": generate.stop.max_tokens or self._default_max_tokens,
             "messages": _merged(messages),
-            "stream": True,
+            "stream": not plain,
             **numbers,
         }
         if system:
@@ -83,7 +85,7 @@ class AnthropicWire:
         _add_tools(generate.chat, body)
         if generate.sampling.HasField("grammar"):
             body["output_config"] = {"format": _format(generate.sampling.grammar.json_schema)}
-        headers = {"anthropic-version": VERSION}
+        headers = {"anthropic-version": VERSION, **(PLAIN if plain else {})}
         return WireRequest("messages", msgspec.json.encode(body), headers)
 
     def credential_headers(self, secret: str) -> Mapping[str, str]:

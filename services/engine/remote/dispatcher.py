@@ -89,8 +89,8 @@ class Dispatcher:
     def cancel(self, request: Request) -> None:
         """Ends what is done for a request: a call is closed, a place in the queue is given up."""
         job = self._jobs.get(request)
-        if job is None:
-            return
+        if job is None or job.is_dropped:
+            return  # A second cancel would break off what the first one's call still has to close.
         job.is_dropped = True
         if request.task is not None:
             request.task.cancel()  # `_ended` does the rest.
@@ -182,6 +182,7 @@ class Dispatcher:
         request = job.request
         request.timer = None
         if self._start_at_once(job, self._clock.monotonic()):
+            self._on_change()
             return
         try:
             # By its arrival it comes before those who came while it waited.

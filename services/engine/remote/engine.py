@@ -27,6 +27,7 @@ from services.engine.remote.outbox import Outbox
 from services.engine.remote.request import Request, Work
 from services.engine.remote.request_queue import RequestQueue
 from services.engine.remote.run import Run
+from services.engine.remote.whole import asks_plain, gather_s
 from services.engine.remote.workers import WorkerPool
 from services.engine.request_table import RequestTable
 from services.runtime.errors import CaravanError
@@ -147,14 +148,17 @@ class RemoteEngine:
     ) -> None:
         """Translates and takes a request; events come in its outbox. Raises CaravanError."""
         endpoint = self.endpoint
-        call = endpoint.wire.request(generate, endpoint.model)
+        options = self._options
+        plain = asks_plain(generate, options.timeouts.first_byte_s)
+        call = endpoint.wire.request(generate, endpoint.model, plain=plain)
         work = Work(
             call=call,
             tenant=generate.tenant,
             priority=generate.priority,
             deadline=math.inf if remaining_s is None else request.arrived + remaining_s,
             prompt_tokens=prompt_tokens(generate),
-            tokens=expected_tokens(generate, self._options.default_max_tokens),
+            tokens=expected_tokens(generate, options.default_max_tokens),
+            gather_s=gather_s(generate, options.gather_s),
             span=span,
         )
         self.dispatcher.submit(Job(request, work, Run(endpoint, request, work)))

@@ -54,14 +54,14 @@ class ProviderError(Exception):
         self.retry_after_s = retry_after_s
         self.metadata = metadata
 
-    def to_error(self, provider: str) -> CaravanError:
-        """The error that the caller gets."""
+    def to_error(self, provider: str, model: str = "") -> CaravanError:
+        """The error that the caller gets. `model` is the provider's name of it, for the operator who has to correct it."""
         retry_after_s = self.retry_after_s
         if retry_after_s is None and self.failure in RETRYABLE | {Failure.CIRCUIT_OPEN}:
             retry_after_s = _RETRY_AFTER_S
+        metadata = {"provider": provider, **self.metadata}
+        if self.failure is Failure.NOT_FOUND and model:
+            metadata["model"] = model
         return CaravanError(
-            self.failure.value,
-            self.message,
-            retry_after_s=retry_after_s,
-            **{"provider": provider, **self.metadata},
+            self.failure.value, self.message, retry_after_s=retry_after_s, **metadata
         )

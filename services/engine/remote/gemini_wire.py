@@ -32,7 +32,7 @@ from services.engine.remote.request_checks import (
     split_system,
     unsupported,
 )
-from services.engine.remote.wire import WireRequest
+from services.engine.remote.wire import PLAIN, WireRequest
 from services.runtime.clock import Clock, IdSource
 
 _GEMINI: Final = Provider.GEMINI
@@ -64,7 +64,9 @@ class GeminiWire:
         self._clock = clock
         self._ids = ids
 
-    def request(self, generate: pb.GenerateRequest, model: str) -> WireRequest:
+    def request(
+        self, generate: pb.GenerateRequest, model: str, *, plain: bool = False
+    ) -> WireRequest:
         """See Wire. `cache` has no effect: the provider caches on its own."""
         check_request(generate, _GEMINI)
         if generate.WhichOneof("prompt") != "chat":
@@ -79,8 +81,9 @@ class GeminiWire:
         config = _generation_config(generate)
         if config:
             body["generationConfig"] = config
-        path = f"models/{quote(name, safe='')}:streamGenerateContent?alt=sse"
-        return WireRequest(path, msgspec.json.encode(body))
+        method = "generateContent" if plain else "streamGenerateContent?alt=sse"
+        path = f"models/{quote(name, safe='')}:{method}"
+        return WireRequest(path, msgspec.json.encode(body), PLAIN if plain else {})
 
     def credential_headers(self, secret: str) -> Mapping[str, str]:
         """See Wire. Not in the URL, which ends up in logs."""

@@ -8,13 +8,15 @@ time no call could be made at all. Over HTTP/1.1 the connection is closed, and t
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
+from urllib.parse import urlsplit
 
-import httpx
+import httpcore
 
 from services.engine.remote.answer_stream import AnswerStream
+from services.engine.remote.connections import open_pool
 from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.phases import Phase, PhaseTimer, Timeouts
 from services.engine.remote.provider import Provider
@@ -23,8 +25,6 @@ from services.engine.remote.wire import Wire, WireRequest
 from services.runtime.clock import Clock
 
 ERROR_BYTES_MAX: Final = 64 * 1024
-IDLE_S: Final = 90.0
-"""How long a connection is kept that nobody uses."""
 _HEADERS: Final = {
     "content-type": "application/json",
     "accept": "text/event-stream, application/json",
@@ -33,6 +33,13 @@ _HEADERS: Final = {
     "user-agent": "caravan",
 }
 _SENDING: Final = "send_request_headers.started"
+_BROKEN: Final = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+    OSError,
+)
+"""How exchanges fail that had a connection."""
 
 
 class ProviderClient:
@@ -51,24 +58,22 @@ class ProviderClient:
         *,
         kept: int = 64,
     ) -> None:
-        _quiet_libraries()
+        _quiet_library()
         self._provider = provider
         self._wire = wire
-        self._base_url = base_url.rstrip("/")
         self._timeouts = timeouts
         self._clock = clock
-        self._http = httpx.AsyncClient(
-            headers=_HEADERS,
-            # Time is limited by phase, by one timer for each call.
-            timeout=httpx.Timeout(None),
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=kept, keepalive_expiry=IDLE_S
-            ),
-        )
+        parts = urlsplit(base_url)
+        self._scheme = parts.scheme.encode()
+        self._host = (parts.hostname or "").encode()
+        self._port = parts.port
+        self._path = parts.path.rstrip("/")
+        self._headers = {**_HEADERS, "host": parts.netloc.rpartition("@")[2]}
+        self._pool = open_pool(base_url, kept)
 
     async def aclose(self) -> None:
         """Closes all connections."""
-        await self._http.aclose()
+        await self._pool.aclose()
 
     @asynccontextmanager
     async def stream(
@@ -83,17 +88,18 @@ class ProviderClient:
         timer = PhaseTimer(self._timeouts, self._provider, self._clock)
         response = await self._send(request, {**request.headers, **headers}, timer)
         try:
-            content = ResponseBytes(response, timer, self._provider)
-            if response.status_code != 200:
-                raise await self._refused(response, content)
-            yield AnswerStream(response.headers, content, self._provider)
+            named = _readable(response.headers)
+            content = ResponseBytes(response, named, timer, self._provider)
+            if response.status != 200:
+                raise await self._refused(response.status, named, content)
+            yield AnswerStream(named, content, self._provider)
             await content.drain()
         finally:
             await response.aclose()
 
     async def _send(
         self, request: WireRequest, headers: Mapping[str, str], timer: PhaseTimer
-    ) -> httpx.Response:
+    ) -> httpcore.Response:
         """Sends the request and waits for the headers of the answer."""
         if not all(value.isascii() and value.isprintable() for value in headers.values()):
             # Libraries would quote the value in their errors.
@@ -107,34 +113,43 @@ class ProviderClient:
 
         # Errors of libraries may hold headers: they go no further, not even as the cause of ours.
         try:
-            message = self._http.build_request(
-                "POST",
-                f"{self._base_url}/{request.path}",
-                content=request.body,
-                headers=headers,
-                extensions={"trace": trace},
-            )
+            message = self._message(request, headers)
+            message.extensions["trace"] = trace
             async with timer:
-                return await self._http.send(message, stream=True)
-        except httpx.ConnectError as error:
+                return await self._pool.handle_async_request(message)
+        except (httpcore.ConnectError, httpcore.ProxyError) as error:
             raise self._unreachable(f"cannot be reached: {error}.") from None
-        except (httpx.HTTPError, OSError):
+        except _BROKEN:
             raise self._unreachable("closed the connection without an answer.") from None
-        except httpx.InvalidURL:
-            raise self._unreachable("has an address that is none.") from None
+
+    def _message(self, request: WireRequest, headers: Mapping[str, str]) -> httpcore.Request:
+        named = {**self._headers, **headers, "content-length": str(len(request.body))}
+        target = f"{self._path}/{request.path}".encode()
+        return httpcore.Request(
+            "POST",
+            httpcore.URL(scheme=self._scheme, host=self._host, port=self._port, target=target),
+            headers=[(name.encode(), value.encode()) for name, value in named.items()],
+            content=request.body,
+        )
 
     def _unreachable(self, what: str) -> ProviderError:
         return ProviderError(Failure.NETWORK, f"{self._provider.title} {what}")
 
-    async def _refused(self, response: httpx.Response, content: ResponseBytes) -> ProviderError:
+    async def _refused(
+        self, status: int, headers: Mapping[str, str], content: ResponseBytes
+    ) -> ProviderError:
         """What the provider says instead of an answer. The status counts even where its explanation does not come."""
         body = b""
         with suppress(ProviderError):
             body = await content.up_to(ERROR_BYTES_MAX)
-        return self._wire.error(response.status_code, response.headers, body[:ERROR_BYTES_MAX])
+        return self._wire.error(status, headers, body[:ERROR_BYTES_MAX])
 
 
-def _quiet_libraries() -> None:
-    """They log a line for each call at least, and headers at the level of debugging."""
-    for name in ("httpcore", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _readable(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers by name in lower case; of one that is repeated the last."""
+    return {name.decode("ascii").lower(): value.decode("latin-1") for name, value in headers}
+
+
+def _quiet_library() -> None:
+    """It logs headers at the level of debugging."""
+    logging.getLogger("httpcore").setLevel(logging.WARNING)

@@ -24,7 +24,7 @@ from services.engine.remote.request_checks import (
     sampling_numbers,
     unsupported,
 )
-from services.engine.remote.wire import WireRequest
+from services.engine.remote.wire import PLAIN, WireRequest
 from services.runtime.clock import Clock, IdSource
 
 _STOPS_MAX: Final = 4
@@ -68,24 +68,28 @@ class OpenAiWire:
         self._clock = clock
         self._ids = ids
 
-    def request(self, generate: pb.GenerateRequest, model: str) -> WireRequest:
+    def request(
+        self, generate: pb.GenerateRequest, model: str, *, plain: bool = False
+    ) -> WireRequest:
         """See Wire. `cache` has no effect: the provider caches on its own."""
         check_request(generate, self._provider)
         body: dict[str, Any] = {
             "model": provider_model(self._provider, model),
-            "stream": True,
-            # Without it no usage is told, and nothing can be charged.
-            "stream_options": {"include_usage": True},
+            "stream": not plain,
             **sampling_numbers(
                 generate.sampling, _OPEN_NUMBERS if self._open else _NUMBERS, self._provider
             ),
         }
+        if not plain:
+            # Without it no usage is told, and nothing can be charged.
+            body["stream_options"] = {"include_usage": True}
         self._add_choice_of_tokens(generate, body)
+        headers = PLAIN if plain else {}
         if generate.WhichOneof("prompt") == "chat":
             self._add_chat(generate, body)
-            return WireRequest("chat/completions", msgspec.json.encode(body))
+            return WireRequest("chat/completions", msgspec.json.encode(body), headers)
         self._add_prompt(generate, body)
-        return WireRequest("completions", msgspec.json.encode(body))
+        return WireRequest("completions", msgspec.json.encode(body), headers)
 
     def credential_headers(self, secret: str) -> Mapping[str, str]:
         """See Wire."""

@@ -23,6 +23,7 @@ _WORKERS: Final = 8
 _QUEUE_CAPACITY: Final = 1024
 _MAX_TOKENS: Final = 4096
 _RETRY_BUDGET: Final = 0.2
+_GATHER_S: Final = 0.03
 _JITTERS: Final = {pb.JITTER_NONE: Jitter.NONE, pb.JITTER_FULL: Jitter.FULL}
 
 
@@ -34,7 +35,7 @@ class OptionsError(ValueError):
 class EngineOptions:
     """What an engine goes by; times are in seconds, None is without limit.
 
-    `model` is the provider's name of it, `retry_budget` retries per first attempt. `limits`, and `told` for the price, are as they
+    `model` is the provider's name of it, `retry_budget` retries per first attempt, `gather_s` the least time between two deltas. `limits`, and `told` for the price, are as they
     were told.
     """
 
@@ -53,6 +54,7 @@ class EngineOptions:
     queue_capacity: int
     default_max_tokens: int
     policy: pb.QueuePolicy.ValueType
+    gather_s: float
     told: pb.RemoteOptions = field(repr=False)  # It may hold the secret itself.
 
     @property
@@ -89,6 +91,7 @@ def read_options(told: pb.RemoteOptions, provider_name: str, model: str) -> Engi
         queue_capacity=told.queue_capacity if told.HasField("queue_capacity") else _QUEUE_CAPACITY,
         default_max_tokens=told.default_max_tokens or _MAX_TOKENS,
         policy=told.on_capacity_exhausted,
+        gather_s=_seconds(told.gather) if told.HasField("gather") else _GATHER_S,
         told=told,
     )
 

@@ -51,7 +51,7 @@ class PhaseTimer:
     """
 
     def __init__(self, timeouts: Timeouts, provider: Provider, clock: Clock) -> None:
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._provider = provider
         self._clock = clock
         self._loop = asyncio.get_running_loop()
@@ -62,7 +62,7 @@ class PhaseTimer:
         """From now on this is waited for."""
         self._phase = phase
         self._began = self._clock.monotonic()
-        limit_s = self._timeouts.of(phase)
+        limit_s = self.timeouts.of(phase)
         self._ends = None if limit_s is None else self._loop.time() + limit_s
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(self._ends)

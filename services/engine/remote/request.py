@@ -28,7 +28,7 @@ class Work:
     """What to ask the provider for, and on whose behalf.
 
     `prompt_tokens` are estimated, `tokens` are those with the longest answer. `deadline` is in seconds of the monotonic clock, or
-    infinite.
+    infinite. `gather_s` is the least time between two deltas.
     """
 
     call: WireRequest
@@ -37,6 +37,7 @@ class Work:
     deadline: float
     prompt_tokens: int
     tokens: int
+    gather_s: float
     span: RequestSpan
 
 

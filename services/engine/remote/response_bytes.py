@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
-import httpx
+import httpcore
 
 from services.engine.remote.failure import Failure, ProviderError
+from services.engine.remote.network import Stream
 from services.engine.remote.phases import Phase, PhaseTimer
 from services.engine.remote.provider import Provider
 
 _DRAIN_S: Final = 0.05
 _DRAIN_BYTES_MAX: Final = 64 * 1024
+_BROKEN: Final = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+    OSError,
+    zlib.error,
+)
+_PLAIN: Final = ("", "identity")
+_PACKED: Final = ("gzip", "x-gzip", "deflate")
+_ANY_FORMAT: Final = zlib.MAX_WBITS | 32
+"""zlib tells gzip and its own format apart."""
 
 
 class ResponseBytes:
-    """Reads the body of one response. The first byte belongs to the phase that the call is in."""
+    """Reads the body of one response. The first byte belongs to the phase that the call is in.
 
-    def __init__(self, response: httpx.Response, timer: PhaseTimer, provider: Provider) -> None:
-        # Compression was not asked for; where it comes all the same, httpx undoes it.
-        plain = response.headers.get("content-encoding", "identity") == "identity"
-        self._chunks = response.aiter_raw() if plain else response.aiter_bytes()
+    Raises ProviderError for a coding that is not known. Compression was not asked for; where it comes all the same, it is undone.
+    """
+
+    def __init__(
+        self,
+        response: httpcore.Response,
+        headers: Mapping[str, str],
+        timer: PhaseTimer,
+        provider: Provider,
+    ) -> None:
+        self._chunks = aiter(response.stream)  # type: ignore[arg-type]  # httpcore's type has both its kinds
+        self._stream: Stream = response.extensions["network_stream"]
         self._timer = timer
         self._provider = provider
         self._has_begun = False
         self._has_ended = False
+        coding = headers.get("content-encoding", "").strip().lower()
+        self._unpack = None if coding in _PLAIN else zlib.decompressobj(_ANY_FORMAT)
+        if self._unpack is not None and coding not in _PACKED:
+            raise self._cut_off()
+
+    def gather(self, seconds: float) -> None:
+        """From now on reads end not earlier than so long after each other; see Stream."""
+        limit_s = self._timer.timeouts.between_bytes_s
+        # What has come must not be waited for so long that it counts as missing.
+        self._stream.gather(seconds if limit_s is None else min(seconds, limit_s / 2))
 
     async def read(self) -> bytes:
         """The next bytes, b"" at the end. Raises ProviderError: TIMEOUT, or NETWORK where the body is cut off."""
@@ -34,15 +66,21 @@ class ResponseBytes:
             self._timer.enter(Phase.BETWEEN_BYTES)
         try:
             async with self._timer:
-                chunk = await anext(self._chunks)
+                chunk = await self._next()
         except StopAsyncIteration:
             self._has_ended = True
             return b""
-        except (httpx.HTTPError, OSError):
-            raise ProviderError(
-                Failure.NETWORK, f"The answer of {self._provider.title} was cut off."
-            ) from None
+        except _BROKEN:
+            raise self._cut_off() from None
         self._has_begun = True
+        return chunk
+
+    async def _next(self) -> bytes:
+        if self._unpack is None:
+            return await anext(self._chunks)
+        # A piece of what is packed may hold nothing.
+        while not (chunk := self._unpack.decompress(await anext(self._chunks))):
+            pass
         return chunk
 
     async def up_to(self, size: int) -> bytes:
@@ -56,10 +94,14 @@ class ResponseBytes:
         """Reads the rest of a body whose end is due, so that its connection can be used again; what does not come at once is left."""
         if self._has_ended:
             return
+        self._stream.gather(0)
         left = _DRAIN_BYTES_MAX
-        with suppress(TimeoutError, httpx.HTTPError, OSError):
+        with suppress(TimeoutError, *_BROKEN):
             async with asyncio.timeout(_DRAIN_S):
                 async for chunk in self._chunks:
                     left -= len(chunk)
                     if left < 0:
                         return
+
+    def _cut_off(self) -> ProviderError:
+        return ProviderError(Failure.NETWORK, f"The answer of {self._provider.title} was cut off.")

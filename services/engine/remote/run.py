@@ -203,6 +203,8 @@ class Run:
                     if piece is not None:
                         if request.first_piece is None:
                             request.first_piece = now
+                            # The first one is told at once; behind it, many together are less work for everybody.
+                            answer.gather(self._work.gather_s)
                         request.last_piece = now
                         request.pieces += 1
                         accounts.pieces += 1

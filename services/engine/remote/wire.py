@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from caravan.core.v1 import chat_pb2, generation_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
@@ -19,6 +19,10 @@ class WireRequest:
     path: str
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+PLAIN: Final[Mapping[str, str]] = {"accept": "application/json"}
+"""Headers of a call whose answer is to come in one piece."""
 
 
 @dataclass(slots=True)
@@ -67,8 +71,10 @@ class AnswerReader(Protocol):
 class Wire(Protocol):
     """The API of one kind of provider."""
 
-    def request(self, generate: pb.GenerateRequest, model: str) -> WireRequest:
-        """The streaming call for a request. Raises CaravanError (UNSUPPORTED_FIELD and the like, with `param`)."""
+    def request(
+        self, generate: pb.GenerateRequest, model: str, *, plain: bool = False
+    ) -> WireRequest:
+        """The call for a request, whose answer comes as a stream, or `plain`: in one piece. Raises CaravanError (UNSUPPORTED_FIELD and the like, with `param`)."""
         ...
 
     def credential_headers(self, secret: str) -> Mapping[str, str]:

@@ -95,8 +95,8 @@ def test_who_avoids_one_more_keeps_its_place() -> None:
     line = AheadLine()
     for key, avoid in (("first", "a"), ("second", "ab"), ("third", "ab"), ("last", "a")):
         line.add(key, frozenset(avoid))
-    line.avoid_too("first", "b")
-    line.avoid_too("last", "b")
+    for key in ("first", "last"):
+        line.change(key, frozenset("ab"))
     order = []
     while (found := line.first(lambda avoid: avoid == {"a", "b"})) is not None:
         order.append(found)

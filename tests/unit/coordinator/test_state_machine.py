@@ -98,6 +98,7 @@ class StateMachine(SessionsMachine):
         assert taker is not None
         start_by = now + self.model.wait_s(taker, asked)
         request = Held(lease_id, request_id, "", gateway_id, taker, avoid=avoid, resumed=resumed)
+        request.arrived_at = now
         if grant is not None:
             assert grant.lease.model == taker
             assert grant.idempotent == getattr(self.model.rules.get(taker), "idempotent", True)
@@ -122,6 +123,16 @@ class StateMachine(SessionsMachine):
                 gateway_id = gateways[number % len(gateways)]
                 resumed = bool(avoid) and number % 2 == 0
                 self.route(f"req-{number}", gateway_id, model, 9, avoid, resumed, may_fall_back, {})
+
+    @rule(model=MODELS, halves=st.integers(1, 7))
+    def lose_all(self, model: str, halves: int) -> None:
+        """A request has lost all engines that there are, and time passes."""
+        lives = frozenset(e.life for e in self.model.engines if e.model == model)
+        gateways = [g.peer_id for g in self.model.gateways]
+        busy = [h.request_id for h in (*self.model.held, *self.model.waiting)]
+        if gateways and "req-0" not in busy:
+            self.route("req-0", gateways[0], model, 9, lives, True, False, {})  # noqa: FBT003
+            self.pass_time(halves, heard=True)
 
     @rule(
         name=MODELS,

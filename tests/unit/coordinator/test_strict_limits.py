@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.coordinator import strict_limits
+from services.coordinator.limits import Limits
+from services.coordinator.rate_limits import RateLimits
 from services.coordinator.strict_limits import IDLE_S, PERMIT_AGE_MAX_S, StrictLimits
 from services.runtime.errors import CaravanError
 from services.runtime.rate_limiter import Quota
@@ -51,6 +53,21 @@ def test_a_coordinator_that_has_just_started_counts_on_what_went_before() -> Non
     assert went <= 10
     later = limits_of("a", unsure_until=60.0)
     assert sum(not acquire(later, f"p{i}", quota, 61.0) for i in range(100)) == 24
+
+
+def test_the_first_minute_is_that_of_the_process() -> None:
+    """The state is told until when it learns of engines, and counts its minute from its start."""
+    started_at, bounds = 500.0, Limits()
+    rates = RateLimits(bounds, started_at + bounds.rejoin_s)
+    rates.strict.joined("a")
+    for now, most in ((started_at, 5), (started_at + 59.9, 5), (started_at + 60.0, 30)):
+        went = sum(
+            not rates.strict.acquire(
+                f"{now}-{i}", f"{now}", "a", quota=Quota(600), tokens=0, now=now + 0.01 * i
+            )
+            for i in range(50)
+        )
+        assert most - 2 <= went <= most
 
 
 def test_an_engine_that_has_not_joined_gets_nothing() -> None:

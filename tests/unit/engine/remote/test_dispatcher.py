@@ -30,6 +30,9 @@ class Attempts:
         self._desk = desk
         self._request = request
         self.result = self._new_result()
+        self.closing: asyncio.Future[None] | None = None
+        """What the end of a call has to wait for."""
+        self.closed = 0
 
     def _new_result(self) -> asyncio.Future[float | Exception | None]:
         return asyncio.get_running_loop().create_future()
@@ -37,7 +40,12 @@ class Attempts:
     async def attempt(self) -> float | None:
         self._desk.called.append(self._request.request_id)
         self.result = self._new_result()
-        result = await self.result
+        try:
+            result = await self.result
+        finally:
+            if self.closing is not None:
+                await self.closing
+            self.closed += 1
         if isinstance(result, Exception):
             raise result
         if result is None:
@@ -59,6 +67,7 @@ class Desk:
         self.jobs: list[tuple[Job, Attempts]] = []
         self.pool = WorkerPool(workers)
         self.crashes = 0
+        self.busy_told = 0
         self.dispatcher = Dispatcher(
             RequestQueue[Job](queued_max, "chat"),
             self.pool,
@@ -67,7 +76,7 @@ class Desk:
             full=lambda: CaravanError("CAPACITY_EXHAUSTED", "full"),
             on_cancelled=self._was_cancelled,
             on_crash=self._has_crashed,
-            on_change=lambda: None,
+            on_change=self._has_changed,
         )
 
     def _was_cancelled(self, request: Request) -> None:
@@ -76,6 +85,9 @@ class Desk:
 
     def _has_crashed(self) -> None:
         self.crashes += 1
+
+    def _has_changed(self) -> None:
+        self.busy_told = self.pool.busy
 
     def submit(self, name: str, deadline: float = math.inf) -> tuple[Request, Attempts]:
         request = Request(name, self.clock.monotonic())
@@ -86,6 +98,7 @@ class Desk:
             deadline=deadline,
             prompt_tokens=0,
             tokens=0,
+            gather_s=0.0,
             span=NoTracing().start("test", None),
         )
         attempts = Attempts(self, request)
@@ -165,6 +178,35 @@ async def test_a_cancel_reaches_a_request_wherever_it_is(where: str) -> None:
     assert await ending(request) == "CANCELLED"
     assert desk.dispatcher.waiting == 0
     assert desk.pool.busy == (where == "queued")
+    await desk.dispatcher.stop()
+
+
+async def test_a_second_cancel_does_not_break_off_what_the_first_one_closes() -> None:
+    """By CancelRequest, then by the end of the caller's call: the provider's connection is closed in between."""
+    desk = Desk(workers=1)
+    request, attempts = desk.submit("cancelled")
+    attempts.closing = asyncio.get_running_loop().create_future()
+    await desk.settle()
+    for _ in range(2):
+        desk.dispatcher.cancel(request)
+        await desk.settle()
+    assert desk.pool.busy == 1
+    attempts.closing.set_result(None)
+    await desk.settle()
+    assert attempts.closed == 1
+    assert desk.cancelled == {"cancelled": 1}
+    assert desk.pool.busy == 0
+
+
+async def test_the_start_of_another_attempt_is_told() -> None:
+    """The coordinator sees an engine at work, not one that idles since the attempt before."""
+    desk = Desk(workers=1)
+    _, attempts = desk.submit("again")
+    await desk.settle()
+    attempts.result.set_result(0.0)
+    await desk.settle()
+    await asyncio.sleep(0.001)
+    assert (desk.pool.busy, desk.busy_told) == (1, 1)
     await desk.dispatcher.stop()
 
 

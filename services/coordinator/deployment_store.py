@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from services.coordinator.deployment import Deployment
 from services.coordinator.deployment_messages import from_messages, to_message
 from services.coordinator.deployment_rules import find_mistakes
 from services.coordinator.messages import to_timestamp
+from services.coordinator.whole_file import replace_file
 from services.runtime.deployment_file import read_deployments
 from services.runtime.settings import SettingsError
 
@@ -73,10 +73,5 @@ def save(path: Path, kept: Iterable[tuple[Deployment, float]]) -> None:
             for deployment, created in kept
         ]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json_format.MessageToJson(document, preserving_proto_field_name=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    text = json_format.MessageToJson(document, preserving_proto_field_name=True)
+    replace_file(path, (text, "\n"))

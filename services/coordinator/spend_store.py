@@ -7,13 +7,13 @@ engine has one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from services.coordinator.rolling_sum import DAY, HOUR, RollingSum, Span
 from services.coordinator.spend_ledger import Account, Amounts, DeploymentSpend, SpendLedger
+from services.coordinator.whole_file import replace_file
 
 _VERSION: Final = 1
 _MISTAKES = (ValueError, KeyError, TypeError, AttributeError)
@@ -49,15 +49,9 @@ def _line(account: Account, whose: Line) -> Line:
 
 def save(path: Path, lines: list[Line]) -> None:
     """Replaces the file of a former `save`; a crash leaves the one or the other. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w", encoding="utf-8") as file:
-        # Line by line: one call of the encoder for all would hold up the event loop, although this runs in a thread.
-        for line in ({"version": _VERSION}, *lines, {"lines": len(lines)}):
-            file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    whole = ({"version": _VERSION}, *lines, {"lines": len(lines)})
+    # Line by line: one call of the encoder for all would hold up the event loop, although this runs in a thread.
+    replace_file(path, (json.dumps(line, separators=(",", ":")) + "\n" for line in whole))
 
 
 def load(path: Path, ledger: SpendLedger, now: float) -> None:

@@ -2,8 +2,8 @@
 
 `python -m bench.acquire [--rows 1000000] [--shuffled]`. The service runs as a process of its own, and this process plays one engine over
 loopback gRPC. The blocks are chains of 128: a prompt of 32k tokens. The service
-learns of them in the order in which they are saved or, with `--shuffled`, in that of a folder's listing after a restart: then
-the rows of a chain lie apart in memory, and a lookup mostly waits for that. Latency: one Acquire of a whole chain at a time, each
+learns of them in the order in which they are saved, in which engines also tell of them after a restart, or with `--shuffled` in
+none: then the rows of a chain lie apart in memory, and a lookup mostly waits for that. Latency: one Acquire of a whole chain at a time, each
 released before the next. Rate: several calls in flight; service and client are pinned to a core each, so the figure is what one
 core serves. Beside Acquires, with and without their Releases, stands the Release of a claim that is not held: next to nothing
 is done for it, so it shows what gRPC alone costs. Memory: resident bytes before the first and after the last Acquire. Keys: the
@@ -313,7 +313,7 @@ def main() -> int:
     measure_keys(found)
     result = report(found, args.rows // CHAIN * CHAIN)
     if args.shuffled:
-        result.notes.append("told in no order, as after a restart")
+        result.notes.append("told in no order")
     return finish(result, args.json)
 
 

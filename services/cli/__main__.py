@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from services.cli.arguments import parser
 from services.cli.settings import environment, load_settings
 from services.runtime.clock import SystemClock
 from services.runtime.settings import SettingsError
+
+_PIPE_CLOSED: Final = 141
+"""The code that shells give to commands that end for this."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "remote": _remote,
     }
     try:
-        return commands.get(options.command, _on_call)(options)
+        code = commands.get(options.command, _on_call)(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        # Whoever reads has seen enough, as `| head` does. What is still buffered must not fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
 
 
 def _up(options: argparse.Namespace) -> int:

@@ -87,7 +87,7 @@ def _add_up(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     served.add_argument(
         "--deployments",
-        type=Path,
+        type=_file,
         default=None,
         metavar="FILE",
         help="serve what this file of deployments says; see `caravan deploy`",
@@ -237,6 +237,13 @@ def _integer(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file")
+    return path
 
 
 def _model(text: str) -> model_sources.ModelSource:

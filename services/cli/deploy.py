@@ -6,23 +6,22 @@ import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Final, TextIO
 
 import grpc
-from caravan.coordinator.v1 import deployment_pb2
 from caravan.coordinator.v1 import deployment_service_pb2 as pb
 from caravan.coordinator.v1 import deployment_service_pb2_grpc as pb_grpc
 
 from services.cli import deploy_tables
 from services.cli.coordinator_client import FAILED, OK, TIMEOUT_S, CommandError, Where, complaint
 from services.cli.deploy_arguments import Deploying, Removing, asked
+from services.cli.deployment_watch import Records, watch_records
 from services.runtime.channel import open_channel
 from services.runtime.clock import SystemClock
 from services.runtime.deployment_file import DeploymentFile, read_deployments
 
 WRONG_USE: Final = 2
-Records = Collection[deployment_pb2.DeploymentRecord]
 
 
 class MistakesError(CommandError):
@@ -128,13 +127,18 @@ class DeployCommands:
         unfinished: Callable[[Records], Collection[str]],
         failed: Callable[[Records], Collection[str]],
     ) -> None:
-        """Returns when nothing is unfinished. Raises CommandError after `wait_s` seconds, or where something has failed."""
-        left: Collection[str] = ()
-        call = self._stub.WatchDeployments(pb.WatchDeploymentsRequest())
+        """Returns when nothing is unfinished, also where the coordinator restarts meanwhile.
+
+        Raises CommandError after `wait_s` seconds, or where something has failed.
+        """
+        left: Collection[str] = ["no coordinator answers"]
         try:
-            async with asyncio.timeout(wait_s):
-                async for told in call:
-                    broken, left = failed(told.deployments), unfinished(told.deployments)
+            async with (
+                asyncio.timeout(wait_s),
+                aclosing(watch_records(self._stub)) as watch,
+            ):
+                async for records in watch:
+                    broken, left = failed(records), unfinished(records)
                     if broken:
                         raise CommandError("\n  ".join(["it has failed:", *broken]))
                     if not left:
@@ -142,9 +146,6 @@ class DeployCommands:
         except TimeoutError:
             lines = "\n  ".join([f"not done after {wait_s:g} s:", *left])
             raise CommandError(lines) from None
-        finally:
-            call.cancel()
-        raise CommandError("the coordinator has ended the watch")
 
     def _say(self, line: str) -> None:
         self._out.write(line + "\n")

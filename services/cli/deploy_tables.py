@@ -61,7 +61,10 @@ def unfinished(records: Collection[pb.DeploymentRecord], names: Collection[str])
 
 
 def failed(records: Collection[pb.DeploymentRecord], names: Collection[str]) -> Iterator[str]:
-    """Why deployments of these names cannot come about, one text for each."""
-    for record in records:
+    """Why deployments of these names cannot come about, one text for each: also one that is not kept, or not any more."""
+    there = [record for record in records if record.state != pb.DEPLOYMENT_STATE_DRAINING]
+    for name in sorted(set(names).difference(record.deployment.name for record in there)):
+        yield printable(f"{name}: it is not deployed any more")
+    for record in there:
         if record.deployment.name in names and record.state == pb.DEPLOYMENT_STATE_FAILED:
             yield printable(f"{record.deployment.name}: {record.note}")

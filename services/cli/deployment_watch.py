@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterator, Collection
+from contextlib import aclosing
+from typing import Final, TypeAlias
 
 import grpc
 from caravan.coordinator.v1 import deployment_pb2
@@ -17,22 +18,34 @@ from services.cli.tables import enum_word
 from services.runtime.channel import open_channel
 from services.runtime.remote_options import PROVIDERS
 
+Records: TypeAlias = Collection[deployment_pb2.DeploymentRecord]
+
 _AGAIN_S: Final = 0.2
 
 
 async def watch_deployments(address: str) -> AsyncIterator[tuple[Wanted, ...]]:
-    """All deployments at once and after each change, for ever; nothing while no coordinator answers at host:port."""
-    async with open_channel(address) as channel:
-        stub = pb_grpc.DeploymentServiceStub(channel)
-        while True:
-            call = stub.WatchDeployments(pb.WatchDeploymentsRequest(), wait_for_ready=True)
-            try:
-                async for told in call:
-                    yield tuple(map(_wanted, told.deployments))
-            except grpc.aio.AioRpcError:
-                await asyncio.sleep(_AGAIN_S)
-            finally:
-                call.cancel()
+    """What is wanted at once and after each change, for ever; nothing while no coordinator answers at host:port."""
+    async with (
+        open_channel(address) as channel,
+        aclosing(watch_records(pb_grpc.DeploymentServiceStub(channel))) as watch,
+    ):
+        async for records in watch:
+            yield tuple(map(_wanted, records))
+
+
+async def watch_records(
+    stub: pb_grpc.DeploymentServiceAsyncStub,
+) -> AsyncGenerator[Records, None]:
+    """All deployments at once and after each change, for ever; nothing while no coordinator answers. To be closed by the caller."""
+    while True:
+        call = stub.WatchDeployments(pb.WatchDeploymentsRequest(), wait_for_ready=True)
+        try:
+            async for told in call:
+                yield told.deployments
+        except grpc.aio.AioRpcError:
+            await asyncio.sleep(_AGAIN_S)
+        finally:
+            call.cancel()
 
 
 def _wanted(record: deployment_pb2.DeploymentRecord) -> Wanted:

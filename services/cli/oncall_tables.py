@@ -120,8 +120,14 @@ def _engine_notes(engine: pb.Engine) -> Iterator[str]:
         yield engine.load.failure
     if seconds(engine.report_age) > SILENT_S:
         yield f"silent for {span(seconds(engine.report_age))}"
+    if engine.drained and engine.load.phase != engine_pb.ENGINE_PHASE_DRAINING:
+        yield "was told to drain, and does not say yet that it does"
+    if engine.held_back:
+        yield "held back: engines of another revision serve its deployment"
     if engine.written_off:
         yield f"did not end {count(engine.written_off, 'request')} in time"
+    if engine.suspect:
+        yield "suspect: it failed a request and has finished none since, so it is chosen last"
 
 
 def request_lines(requests: Sequence[pb.InflightRequest]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,28 +15,44 @@ from services.cli.plan import ProcessPlan
 
 
 class Child:
-    """A running process and all that it starts."""
+    """A running process and all that it starts. When it ends, what it leaves in its group is killed.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    Its number, which is also that of its group, is nobody else's until it is waited for. So the group is killed before that,
+    and nothing is signalled afterwards; asyncio's own subprocesses are waited for too early, in the background.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        """`process` leads a group of its own, and nobody else waits for it. To be called on the event loop."""
         self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._code: asyncio.Future[int] = self._loop.create_future()
+        self._handle = os.pidfd_open(process.pid)
+        self._loop.add_reader(self._handle, self._ended)
 
     @property
     def pid(self) -> int:
         """Its id, and that of its session and process group."""
         return self._process.pid
 
+    def _ended(self) -> None:
+        self.kill()
+        self._loop.remove_reader(self._handle)
+        os.close(self._handle)
+        self._code.set_result(self._process.wait())
+
     async def wait(self) -> int:
         """Its exit code, once it has ended; a negative one is a signal."""
-        return await self._process.wait()
+        return await asyncio.shield(self._code)
 
     def ask_to_end(self) -> None:
         """SIGTERM to the process itself, which ends its own children."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.terminate()
+        if not self._code.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to the process and everything in its group."""
-        with contextlib.suppress(ProcessLookupError):
+        if not self._code.done():
             os.killpg(self._process.pid, signal.SIGKILL)
 
     async def end(self, grace_s: float) -> int:
@@ -49,19 +66,17 @@ class Child:
             return await self.wait()
 
 
-async def start(
-    plan: ProcessPlan, environment: Mapping[str, str], log: Path, *, first: bool
-) -> Child:
+def start(plan: ProcessPlan, environment: Mapping[str, str], log: Path, *, first: bool) -> Child:
     """Starts the process in a session of its own, so that Ctrl-C in the terminal reaches `caravan up` alone.
 
     `first` begins a new log. Raises OSError if the program cannot be run.
     """
     descriptor = log_files.open_log(log) if first else log_files.reopen_log(log)
     try:
-        process = await asyncio.create_subprocess_exec(
-            *plan.argv,
+        process = subprocess.Popen(
+            plan.argv,
             env=dict(environment) | dict(plan.environment),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
             stdout=descriptor,
             stderr=descriptor,
             start_new_session=True,

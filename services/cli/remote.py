@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 async def show(where: Where, out: TextIO, *, as_json: bool) -> int:
     """Prints how the engines stand; returns the exit code. Raises CommandError."""
     engines = await _find(where)
-    seen = await asyncio.gather(*(_look(engine) for engine in engines))
+    seen = await asyncio.gather(*(look_at(engine) for engine in engines))
     if as_json:
         for one in seen:
             out.write(json.dumps(_as_dict(one)) + "\n")
@@ -124,11 +124,12 @@ async def _find(where: Where) -> list[pb.Engine]:
     return [engine for engine in found.engines if engine.model.provider]
 
 
-async def _look(engine: pb.Engine) -> Seen:
+async def look_at(engine: pb.Engine, timeout_s: float = TIMEOUT_S) -> Seen:
+    """How an engine stands with its provider; never fails: a problem is a part of what is seen."""
     try:
         async with _engine(engine.address) as stub:
             request = remote_pb.GetRemoteStatusRequest()
-            return Seen(engine, await stub.GetRemoteStatus(request, timeout=TIMEOUT_S))
+            return Seen(engine, await stub.GetRemoteStatus(request, timeout=timeout_s))
     except CommandError as error:
         return Seen(engine, None, str(error))
 

@@ -37,6 +37,15 @@ def remote_lines(seen: Sequence[Seen]) -> Iterator[str]:
             yield f"! {printable(one.engine.engine_id)}: {printable(note)}"
 
 
+def breaker_notes(seen: Sequence[Seen]) -> Iterator[str]:
+    """A line for each engine whose breaker keeps calls from its provider."""
+    for one in seen:
+        breaker = remote_pb.BreakerStatus() if one.status is None else one.status.breaker
+        if breaker.state in {remote_pb.BREAKER_STATE_OPEN, remote_pb.BREAKER_STATE_HALF_OPEN}:
+            provider = printable(one.engine.model.provider)
+            yield f"! {printable(one.engine.engine_id)}: breaker of {provider}: {_breaker(breaker)}"
+
+
 def _row(engine: pb.Engine, status: remote_pb.GetRemoteStatusResponse) -> tuple[str, ...]:
     limits = status.limits
     return (

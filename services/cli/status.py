@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, TextIO, TypeVar
 
 import grpc
@@ -18,6 +18,8 @@ from caravan.coordinator.v1 import deployment_service_pb2 as deployment_pb
 from caravan.coordinator.v1 import deployment_service_pb2_grpc as deployment_grpc
 
 from services.cli.coordinator_client import FAILED, OK, CommandError, Where, complaint
+from services.cli.remote import look_at
+from services.cli.remote_tables import Seen
 from services.cli.reused_tokens import ReusedTokens, fetch
 from services.cli.state_dir import StateDirError, address_of, metrics_of
 from services.cli.status_view import Snapshot, as_json, page
@@ -60,6 +62,7 @@ class Looker:
         except grpc.aio.AioRpcError as error:
             return Snapshot(address, problem=complaint(error, address))
         deployments = await _deployments(channel)
+        costs = await _if_there(stub.GetCosts(pb.GetCostsRequest(), timeout=_LOOK_TIMEOUT_S))
         return Snapshot(
             address,
             models.models,
@@ -68,6 +71,8 @@ class Looker:
             () if deployments is None else deployments.deployments,
             await self._cache(),
             await self._reused(),
+            await _remotes(engines.engines),
+            () if costs is None else costs.deployments,
         )
 
     async def _reused(self) -> ReusedTokens | None:
@@ -99,6 +104,11 @@ class Looker:
         channel = open_channel(address)
         self._channels[service] = address, channel
         return channel
+
+
+async def _remotes(engines: Iterable[pb.Engine]) -> list[Seen]:
+    remotes = (engine for engine in engines if engine.model.provider)
+    return await asyncio.gather(*(look_at(engine, _LOOK_TIMEOUT_S) for engine in remotes))
 
 
 async def _deployments(channel: grpc.aio.Channel) -> deployment_pb.ListDeploymentsResponse | None:

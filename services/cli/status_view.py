@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
 from services.cli.oncall_tables import engine_lines, model_lines, request_lines
+from services.cli.remote_tables import Seen, breaker_notes
 from services.cli.reused_tokens import ReusedTokens
 from services.cli.tables import count, cut, printable, share, size
 
@@ -25,7 +26,7 @@ class Snapshot:
     """What one look found.
 
     `problem` says, for people, why nothing was found. `cache` is None where no cache service answers, `reused` where no
-    gateway does.
+    gateway does. `remotes` are the engines in front of providers.
     """
 
     address: str = ""
@@ -35,6 +36,8 @@ class Snapshot:
     deployments: Sequence[deployment_pb2.DeploymentRecord] = ()
     cache: cache_pb.GetStatsResponse | None = None
     reused: ReusedTokens | None = None
+    remotes: Sequence[Seen] = ()
+    costs: Sequence[pb.DeploymentCosts] = ()
     problem: str = ""
 
 
@@ -48,9 +51,17 @@ def page(snapshot: Snapshot, columns: int | None = None, rows: int | None = None
     else:
         lines += ["no models", ""]
     if snapshot.engines:
-        lines += [*engine_lines(snapshot.engines), ""]
+        lines += [*engine_lines(snapshot.engines), *_provider_notes(snapshot), ""]
     lines += _requests(snapshot.requests, None if rows is None else rows - len(lines))
     return [cut(line, columns) for line in lines]
+
+
+def _provider_notes(snapshot: Snapshot) -> Iterator[str]:
+    """Why providers are not asked: clients may not notice, where a fallback serves them."""
+    yield from breaker_notes(snapshot.remotes)
+    for told in snapshot.costs:
+        if told.exceeded:
+            yield f"! {printable(told.deployment)}: its budget is spent"
 
 
 def _summary(snapshot: Snapshot) -> str:
@@ -115,6 +126,12 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
         "deployments": messages(snapshot.deployments),
         "cache": None if snapshot.cache is None else message(snapshot.cache),
         "reused": None if snapshot.reused is None else asdict(snapshot.reused),
+        "remotes": [
+            {"engine_id": one.engine.engine_id, **message(one.status)}
+            for one in snapshot.remotes
+            if one.status is not None
+        ],
+        "costs": messages(snapshot.costs),
     }
 
 

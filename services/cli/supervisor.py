@@ -53,7 +53,6 @@ class Supervisor:
         self._children: dict[str, process.Child] = {}
         self._kept: dict[str, _Kept] = {}
         self._stopping = False
-        self._killing = False
         self.deaths: dict[str, int] = {}
         """How often each process ended unasked, in a row."""
         self.codes: dict[str, int] = {}
@@ -126,20 +125,17 @@ class Supervisor:
     async def _run_once(self, planned: ProcessPlan, *, first: bool) -> str:
         log = self.log_of(planned.name)
         try:
-            child = await process.start(planned, self._environment, log, first=first)
+            child = process.start(planned, self._environment, log, first=first)
         except OSError as error:
             return f"cannot be run ({error.strerror})"
         self._children[planned.name] = child
         self.codes.pop(planned.name, None)
-        if self._stopping:  # asked while the process was being created: nobody else knows of it yet
-            child.kill() if self._killing else child.ask_to_end()
         self._tell(lambda: self._endpoints.started(planned, child.pid))
         try:
             code = await child.wait()
         finally:
             del self._children[planned.name]
             self._tell(lambda: self._endpoints.ended(planned))
-        child.kill()  # what it may have left in its group
         if not self._stopping:
             self.codes[planned.name] = code
         return describe_exit(code)
@@ -178,6 +174,6 @@ class Supervisor:
 
     def kill_all(self) -> None:
         """Kills everything now; `stop` then ends at once."""
-        self._stopping = self._killing = True
+        self._stopping = True
         for child in self._children.values():
             child.kill()

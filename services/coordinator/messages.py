@@ -51,6 +51,7 @@ def to_route(grant: Grant) -> pb.RouteResponse:
         queued=to_duration(lease.granted_at - lease.arrived_at),
         model=lease.model,
         idempotent=grant.idempotent,
+        priority=_TOLD_PRIORITIES[lease.priority],
     )
 
 
@@ -123,6 +124,9 @@ def to_engine(engine: EngineRecord, now: float) -> pb.Engine:
         written_off=engine.written_off,
         incarnation=engine.incarnation,
         revision=engine.revision,
+        drained=engine.is_drained,
+        held_back=engine.is_held_back,
+        suspect=engine.is_suspect,
     )
 
 

@@ -41,7 +41,7 @@ def of_provider(deployment: Deployment) -> Iterator[tuple[str, str]]:
     if not deployment.idempotent and not _calls_once(remote):
         yield (
             "remote.retry.max_retries",
-            "must be 0 where requests must not run twice: idempotent is false",
+            "must be set to 0 where requests must not run twice: idempotent is false",
         )
     falls_back = remote.on_capacity_exhausted == pb.QUEUE_POLICY_FALLBACK
     if falls_back and not any(_OF_THE_ENGINE & other.reasons for other in deployment.fallback):

@@ -93,9 +93,11 @@ class Decoder:
         """From now on blocks are saved into this store."""
         self._inbox.put(lambda: self._memory.attach(store))
 
-    def end_session(self, session_id: str, told: Callable[[bool], None]) -> None:
-        """Lets go of what is kept in cells for a session; `told` hears on the loop whether there was something."""
-        self._inbox.put(lambda: self._mailbox.post(told, self.scheduler.end_session(session_id)))
+    def end_session(self, salt: bytes, session_id: str, told: Callable[[bool], None]) -> None:
+        """Lets go of what is kept in cells for a session of a salt; `told` hears on the loop whether there was something."""
+        self._inbox.put(
+            lambda: self._mailbox.post(told, self.scheduler.end_session(salt, session_id))
+        )
 
     def hand_over(self, error: CaravanError) -> None:
         """Ends all jobs with this error, after the tokens that they have; what they computed is saved for whoever goes on."""

@@ -223,8 +223,8 @@ class Engine:
             self._decoder.cancel(self._jobs[row])
         return True
 
-    async def end_session(self, session_id: str) -> bool:
-        """Lets go of what the cells keep for a conversation; says whether there was something."""
+    async def end_session(self, salt: bytes, session_id: str) -> bool:
+        """Lets go of what the cells keep for a conversation of a salt; says whether there was something."""
         if self._backend is None or self._failure:
             return False
         told: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -233,7 +233,7 @@ class Engine:
             if not told.done():
                 told.set_result(found)
 
-        self._decoder.end_session(session_id, tell)
+        self._decoder.end_session(salt, session_id, tell)
         return await told
 
     def release(self, row: Inflight) -> None:

@@ -93,8 +93,9 @@ class KvSpace(Generic[Owner]):
         for other in self.residents.covered_by(resident.salt, resident.tokens):
             self.drop(other)
         # A session has one conversation: what its last turn left is no longer continued.
-        for other in self.residents.of_session(resident.session_id) if resident.session_id else ():
-            self.drop(other)
+        if resident.session_id:
+            for other in self.residents.of_session(resident.salt, resident.session_id):
+                self.drop(other)
         self.residents.add(resident)
         held_by_running = self.cells.distinct(running)
         while len(self.residents) > most or self.cells.used - held_by_running > most_cells:

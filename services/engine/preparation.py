@@ -42,6 +42,12 @@ def check_session_id(session_id: str, param: str) -> None:
         raise _invalid(param, f"The session id has at most {SESSION_ID_BYTES_MAX} bytes.")
 
 
+def check_salt(salt: str, param: str) -> None:
+    """Raises INVALID_VALUE."""
+    if len(salt.encode()) > SALT_BYTES_MAX:
+        raise _invalid(param, f"The salt has at most {SALT_BYTES_MAX} bytes.")
+
+
 class Preparation:
     """Prepares requests for one loaded model. `prepare` runs on worker threads: it takes milliseconds."""
 
@@ -226,8 +232,7 @@ def _check_cache(options: generation_pb2.CacheOptions) -> None:
     if len(options.parent_key) not in {0, KEY_BYTES}:
         raise _invalid("cache.parent_key", f"A key has {KEY_BYTES} bytes.")
     check_session_id(options.session_id, "cache.session_id")
-    if len(options.salt.encode()) > SALT_BYTES_MAX:
-        raise _invalid("cache.salt", f"The salt has at most {SALT_BYTES_MAX} bytes.")
+    check_salt(options.salt, "cache.salt")
 
 
 def _prompt_param(request: engine_service_pb2.GenerateRequest) -> str:

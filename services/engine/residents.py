@@ -58,9 +58,13 @@ class Residents:
             oldest = oldest or resident
         return oldest
 
-    def of_session(self, session_id: str) -> list[Resident]:
-        """Those of a session."""
-        return [resident for resident in self if resident.session_id == session_id]
+    def of_session(self, salt: bytes, session_id: str) -> list[Resident]:
+        """Those of a session. Each salt has its own: who guesses another's id must not end or replace what is kept for it."""
+        return [
+            resident
+            for resident in self
+            if (resident.salt, resident.session_id) == (salt, session_id)
+        ]
 
     def covering(self, salt: bytes, tokens: TokenArray) -> Resident | None:
         """One that begins with all of `tokens`."""

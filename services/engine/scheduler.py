@@ -90,9 +90,9 @@ class Scheduler(SchedulerState[Owner]):
         self._publish()
         return kept
 
-    def end_session(self, session_id: str) -> bool:
-        """Lets go of what is kept for a session; says whether there was something."""
-        found = self._space.residents.of_session(session_id)
+    def end_session(self, salt: bytes, session_id: str) -> bool:
+        """Lets go of what is kept for a session of a salt; says whether there was something."""
+        found = self._space.residents.of_session(salt, session_id)
         for resident in found:
             self._space.drop(resident)
         self._freed += 1

@@ -17,7 +17,7 @@ from services.engine.engine import Engine
 from services.engine.inflight import Inflight
 from services.engine.news import WHOLE_GATHER_S
 from services.engine.outbox import Ending, Update
-from services.engine.preparation import check_request_id, check_session_id
+from services.engine.preparation import check_request_id, check_salt, check_session_id
 from services.engine.sampling import TokenLogprobs
 from services.runtime.errors import CaravanError
 from services.runtime.telemetry import RequestSpan, Tracing
@@ -160,7 +160,9 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         if not request.session_id:
             raise CaravanError("INVALID_VALUE", "The session has no id.", param="session_id")
         check_session_id(request.session_id, "session_id")
-        return pb.EndSessionResponse(found=await self._engine.end_session(request.session_id))
+        check_salt(request.salt, "salt")
+        found = await self._engine.end_session(request.salt.encode(), request.session_id)
+        return pb.EndSessionResponse(found=found)
 
     async def FetchBlocks(
         self, request: pb.FetchBlocksRequest, context: Context

@@ -23,14 +23,19 @@ def check_cache(cache: generation_pb2.CacheOptions, at: Path) -> None:
         raise invalid(at("parent_key"), f"a key has {KEY_BYTES} bytes.")
     if cache.session_id:
         check_session_id(cache.session_id, at("session_id"))
-    if len(cache.salt.encode()) > SALT_BYTES_MAX:
-        raise invalid(at("salt"), f"a salt has at most {SALT_BYTES_MAX} bytes.")
+    check_salt(cache.salt, at("salt"))
 
 
 def check_session_id(session_id: str, param: str) -> None:
     """Refuses an id that no conversation can have."""
     if not 1 <= len(session_id.encode()) <= SESSION_ID_BYTES_MAX:
         raise invalid(param, f"an id has 1 to {SESSION_ID_BYTES_MAX} bytes.")
+
+
+def check_salt(salt: str, param: str) -> None:
+    """Refuses a salt that no engine takes; the empty one is the common space."""
+    if len(salt.encode()) > SALT_BYTES_MAX:
+        raise invalid(param, f"a salt has at most {SALT_BYTES_MAX} bytes.")
 
 
 def from_openai(given: ChatCompletion | Completion) -> generation_pb2.CacheOptions | None:

@@ -26,8 +26,11 @@ class Conversations:
         self._coordinator = coordinator
         self._engines = engines
 
-    async def end(self, model: str, session_id: str) -> bool:
-        """Whether any engine kept something. Raises MODEL_NOT_FOUND, and what a living engine answers but cannot do."""
+    async def end(self, model: str, session_id: str, salt: str) -> bool:
+        """Whether any engine kept something for a conversation of a salt.
+
+        Raises MODEL_NOT_FOUND, and what a living engine answers but cannot do.
+        """
         serving = [
             engine
             for engine in await self._coordinator.list_engines()
@@ -36,7 +39,8 @@ class Conversations:
         if not serving:
             await self._check_known(model)
         limit = asyncio.Semaphore(_AT_ONCE)
-        asked = (self._end(engine, session_id, limit) for engine in serving)
+        request = engine_pb.EndSessionRequest(session_id=session_id, salt=salt)
+        asked = (self._end(engine, request, limit) for engine in serving)
         # All are asked to the end, also where one fails.
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for answer in answers:
@@ -49,9 +53,11 @@ class Conversations:
             raise model_not_found(model)
 
     async def _end(
-        self, engine: coordinator_pb.Engine, session_id: str, limit: asyncio.Semaphore
+        self,
+        engine: coordinator_pb.Engine,
+        request: engine_pb.EndSessionRequest,
+        limit: asyncio.Semaphore,
     ) -> bool:
-        request = engine_pb.EndSessionRequest(session_id=session_id)
         async with limit, self._engines.use(engine.address) as stub:
             try:
                 answer = await stub.EndSession(request, timeout=_ANSWER_S)

@@ -63,6 +63,7 @@ class CoordinatorClient:
             lease.incarnation,
             answer.model,
             answer.idempotent,
+            answer.priority,
         )
 
     async def release(self, lease: Lease, outcome: Outcome, finish_key: bytes) -> None:

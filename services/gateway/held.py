@@ -45,7 +45,7 @@ def _message(held: _Held, now: float) -> pb.HeldLease:
         model=held.lease.model,
         engine_id=held.lease.engine_id,
         incarnation=held.lease.incarnation,
-        priority=held.wanted.scheduling.priority,
+        priority=held.lease.priority,
     )
     message.age.FromNanoseconds(round((now - held.asked_at) * 1e9))
     return message

@@ -13,7 +13,7 @@ from caravan.inference.v1 import inference_service_pb2 as pb
 from caravan.inference.v1 import inference_service_pb2_grpc as pb_grpc
 
 from services.gateway import rules
-from services.gateway.cache_options import check_session_id
+from services.gateway.cache_options import check_salt, check_session_id
 from services.gateway.conversations import Conversations
 from services.gateway.coordinator import CoordinatorClient
 from services.gateway.engine_errors import in_typed_words
@@ -83,7 +83,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     ) -> pb.EndSessionResponse:
         rules.check_model_name(request.model)
         check_session_id(request.session_id, "session_id")
-        found = await self._conversations.end(request.model, request.session_id)
+        check_salt(request.salt, "salt")
+        found = await self._conversations.end(request.model, request.session_id, request.salt)
         return pb.EndSessionResponse(found=found)
 
     async def ListModels(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
-from caravan.core.v1.scheduling_pb2 import Scheduling
+from caravan.core.v1.scheduling_pb2 import Priority, Scheduling
 
 from services.gateway.fallback import FallbackReason
 
@@ -16,7 +16,8 @@ class Lease:
     """The right to run one request on one engine.
 
     `address` is host:port, `incarnation` the life of the engine, `model` the deployment that serves the request; where
-    `idempotent` is false, the request must not go to a second engine once this one may have begun it.
+    `idempotent` is false, the request must not go to a second engine once this one may have begun it. `priority` is the one with
+    which it was admitted: its own, or its deployment's.
     """
 
     lease_id: str
@@ -25,6 +26,7 @@ class Lease:
     incarnation: str
     model: str
     idempotent: bool
+    priority: Priority.ValueType
 
 
 @dataclass(frozen=True, slots=True)

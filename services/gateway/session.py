@@ -90,7 +90,6 @@ class RequestSession:
         self._moves = Moves(parts.moves_max, parts.fraction, parts.clock, parts.metrics, span)
         self._fallbacks = Fallbacks()
         request.generate.request_id = request_id
-        request.generate.priority = request.scheduling.priority
         if request.api is not Api.PREFILL and not request.generate.sampling.HasField("seed"):
             # Of each engine its own would give the rest of another answer.
             request.generate.sampling.seed = parts.new_seed()
@@ -243,6 +242,7 @@ class RequestSession:
             if timeout_s == 0:
                 raise _deadline_passed()
             self._answer.resume(self._request.generate)
+            self._request.generate.priority = lease.priority
             call = begin(engine, self._request, timeout_s, self._span.headers())
             if self._request.api is not Api.PREFILL:
                 # A prefill is one answer, and silent until then.

@@ -7,13 +7,18 @@ import re
 from pathlib import Path
 
 import pytest
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.cli.__main__ import main
 from services.coordinator.deployment import Deployment
 from services.coordinator.deployment_changes import revision
+from services.runtime.channel import open_channel
 from tests.support.coordinator import Coordinator, EnginePeer, running_coordinator, until
+from tests.support.ports import free_port
+from tests.support.processes import log_line, process
 
+SERVING = re.compile(rb"serving on port")
 CHAT = '[[deployment]]\nname = "chat"\nmodel = "/v1.gguf"\nreplicas = {replicas}\n'
 
 
@@ -97,6 +102,36 @@ async def test_waiting_for_engines(file: Path, capsys: pytest.CaptureFixture[str
         assert "not done after 0.1 s:\n  chat: 0 of 1 engines ready" in capsys.readouterr().err
 
 
+async def test_waiting_outlives_the_coordinator(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is killed; the next one has kept the deployments and is waited for; one that has not means failure."""
+    address = f"127.0.0.1:{free_port()}"
+    settings = {"CARAVAN_COORDINATOR_ADDRESS": address}
+    keeping = {"CARAVAN_COORDINATOR_DEPLOYMENTS_STATE": str(tmp_path / "kept.json"), **settings}
+
+    async def wait_in_vain() -> asyncio.Task[int]:
+        arguments = ["deploy", str(file), "--wait", "--address", address]
+        waiting = asyncio.create_task(asyncio.to_thread(main, arguments))
+        await until(lambda: "chat" in capsys.readouterr().out)
+        return waiting
+
+    async with process("coordinator", **keeping) as running:
+        await log_line(running, SERVING)
+        waiting = await wait_in_vain()
+    async with process("coordinator", **keeping) as running, open_channel(address) as channel:
+        await log_line(running, SERVING)
+        assert not waiting.done()
+        engine = EnginePeer(pb_grpc.CoordinatorServiceStub(channel), "engine-0", "chat")
+        await engine.join()
+        assert await waiting == 0
+        _write(file, CHAT.format(replicas=2))
+        waiting = await wait_in_vain()
+    async with process("coordinator", **settings):
+        assert await waiting == 1
+    assert "chat: it is not deployed any more" in capsys.readouterr().err
+
+
 async def test_removing(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It may wait until the engines have ended; an unknown name is code 1."""
     async with running_coordinator() as coordinator:
@@ -140,9 +175,15 @@ def test_no_option_is_ignored(arguments: list[str]) -> None:
     assert raised.value.code == 2
 
 
-def test_up_takes_models_or_deployments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not both; and the number of engines belongs to the models."""
+def test_up_takes_models_or_deployments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not both; the number of engines belongs to the models; and a file that is not there is told before anything starts."""
+    file = tmp_path / "d.toml"
+    file.write_text("")
     for more in (["--model", "a=scripted:"], ["--engines", "2"]):
         with pytest.raises(SystemExit):
-            main(["up", "--deployments", "d.toml", *more])
+            main(["up", "--deployments", str(file), *more])
     assert "--engines goes with --model" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        main(["up", "--deployments", str(tmp_path / "no.toml")])
+    assert raised.value.code == 2
+    assert "no.toml' is no file" in capsys.readouterr().err

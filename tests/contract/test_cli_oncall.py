@@ -102,6 +102,19 @@ async def test_engines(rig: Rig, shell: Shell) -> None:
     assert told["leases"] == 2
 
 
+async def test_a_reader_that_has_seen_enough(rig: Rig) -> None:
+    """`caravan requests | head -0`: the command ends in silence, as others do."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "services.cli", "requests"]
+    process = await asyncio.create_subprocess_exec(
+        *command, "--address", rig.coordinator.address, stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    _, errors = await process.communicate()
+    assert (process.returncode, errors) == (141, b"")
+
+
 async def test_cancel_by_id(rig: Rig, shell: Shell) -> None:
     """Both those that run and those that wait; an id that is not in flight is said, and the others are ended all the same."""
     errors = await shell.run("cancel", "req-x", "req-a", "req-c", code=1)

@@ -123,6 +123,30 @@ async def test_lists_show_what_engines_are_and_report() -> None:
         assert (await engine.end()).param == "report.requests"
 
 
+async def test_the_list_tells_why_an_engine_is_not_chosen() -> None:
+    """Drained, held back by its deployment, suspect since a request failed on it: each by itself, and gone again."""
+    async with running_coordinator() as coordinator:
+        await coordinator.engine()
+        gateway = await coordinator.gateway()
+        record = coordinator.state.engines.find("engine-0")
+        assert record is not None
+
+        async def told() -> tuple[bool, bool, bool]:
+            (shown,) = (await coordinator.stub.ListEngines(pb.ListEnginesRequest())).engines
+            return shown.drained, shown.held_back, shown.suspect
+
+        for outcome, suspect in ((pb.OUTCOME_FAILED, True), (pb.OUTCOME_FINISHED, False)):
+            lease = await gateway.route("req-1")
+            request = pb.ReleaseRequest(lease_id=lease.lease_id, outcome=outcome)
+            await coordinator.stub.Release(request)
+            assert await told() == (False, False, suspect)
+        await coordinator.stub.DrainEngine(pb.DrainEngineRequest(engine_id="engine-0"))
+        assert await told() == (True, False, False)
+        await coordinator.stub.UndrainEngine(pb.UndrainEngineRequest(engine_id="engine-0"))
+        coordinator.state.hold_back(record, True, coordinator.clock.now)  # noqa: FBT003
+        assert await told() == (False, True, False)
+
+
 # --- requests that lost their engine -------------------------------------------------------------------------------------
 
 
@@ -153,7 +177,19 @@ async def test_a_resumed_request_does_not_wait_for_ever() -> None:
         assert (await refused(call)).reason == "NO_ENGINE"
 
 
-async def test_an_avoided_engine_is_never_granted_and_holds_up_nobody() -> None:
+async def test_a_sole_engine_gets_back_what_it_lost() -> None:
+    """After five seconds, in which it has reported: an engine that stood still for a while is better than none."""
+    async with running_coordinator() as coordinator:
+        gateway, sole = await coordinator.gateway(), await coordinator.engine()
+        lost = gateway.ask("req-1", resumed=True, avoid_incarnations=[sole.incarnation])
+        await in_queue(coordinator, 1)
+        await coordinator.pass_time(4, gateway, sole)
+        await in_queue(coordinator, 1)
+        await coordinator.pass_time(1, gateway, sole)
+        assert (await lost).lease.incarnation == sole.incarnation
+
+
+async def test_an_avoided_engine_is_not_granted_and_holds_up_nobody() -> None:
     """It has room, and the request waits all the same; others take the room meanwhile."""
     async with running_coordinator() as coordinator:
         gateway, lost = await coordinator.gateway(), await coordinator.engine("lost")
@@ -237,6 +273,7 @@ async def test_rules_come_before_engines_and_apply_at_once() -> None:
         await coordinator.engine(max_sequences=2)
         first = await gateway.ask("req-0", wait_s=0)
         assert (first.model, first.idempotent) == ("demo", False)
+        assert first.priority == scheduling_pb2.PRIORITY_HIGH
         waiting = gateway.ask("req-1")
         await in_queue(coordinator, 1)
         error = await refused(gateway.ask("req-2"))
@@ -342,5 +379,6 @@ async def test_priorities_of_routes_override_the_deployment() -> None:
         await gateway.release(lease.lease_id)
         answer = await fast
         assert not slow.done()
+        assert answer.priority == scheduling_pb2.PRIORITY_NORMAL
         await gateway.release(answer.lease.lease_id)
         await asyncio.wait_for(slow, 5)

@@ -168,6 +168,21 @@ async def test_a_session_keeps_its_cells_until_it_ends() -> None:
         assert (await client.ask(kept)).hit == "COLD"
 
 
+async def test_a_session_of_another_salt_is_another_session() -> None:
+    """Who knows its id can neither end it nor put something else in its place."""
+    async with running_engine(MODEL, RESIDENTS="4", KV_RAM_BYTES="0") as client:
+        kept = tokens(client, TEXT)
+        await client.ask(kept, session_id="talk", salt="a")
+        await client.ask(tokens(client, "another " * 100), session_id="talk", salt="b")
+        for salt in ("", "c"):
+            request = pb.EndSessionRequest(session_id="talk", salt=salt)
+            assert not (await client.stub.EndSession(request)).found
+        assert (await client.ask(kept, session_id="talk", salt="a")).cached == len(kept) - 1
+        for salt in ("a", "b"):
+            request = pb.EndSessionRequest(session_id="talk", salt=salt)
+            assert (await client.stub.EndSession(request)).found
+
+
 async def test_prefill_only_makes_the_next_request_warm() -> None:
     """It computes the prompt and samples nothing; its key is that of the prompt."""
     async with running_engine(MODEL, **KEEP_NOTHING_RESIDENT) as client:
@@ -204,6 +219,9 @@ async def test_wrong_cache_options_are_refused_by_name(field: str, value: object
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await client.stub.EndSession(pb.EndSessionRequest(session_id=session_id))
             assert from_rpc_error(raised.value, service="engine").param == "session_id"
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await client.stub.EndSession(pb.EndSessionRequest(session_id="s", salt="é" * 129))
+        assert from_rpc_error(raised.value, service="engine").param == "salt"
 
 
 class _StalledStore:

@@ -201,10 +201,14 @@ async def test_a_conversation_ends_on_every_engine() -> None:
             rig.coordinator.engines.append(engine)
         await gone.kill()
         for engine in (rig.engine, second):
-            engine.conversations = {"s-1", "s-2"}
+            engine.conversations = {("", "s-1"), ("", "s-2"), ("blue", "s-1")}
         end = pb.EndSessionRequest(model="demo", session_id="s-1")
         assert (await rig.inference.EndSession(end)).found
-        assert rig.engine.conversations == second.conversations == {"s-2"}
+        left = {("", "s-2"), ("blue", "s-1")}
+        assert rig.engine.conversations == second.conversations == left
+        salted = pb.EndSessionRequest(model="demo", session_id="s-1", salt="blue")
+        assert (await rig.inference.EndSession(salted)).found
+        assert rig.engine.conversations == second.conversations == {("", "s-2")}
         assert not (await rig.inference.EndSession(end)).found
         await second.kill()
 
@@ -220,6 +224,9 @@ async def test_the_end_of_a_conversation_needs_a_model_and_an_id() -> None:
                 await error_of(rig.inference.EndSession(request)), service="gateway"
             )
             assert (error.reason, error.param) == ("INVALID_VALUE", "session_id")
+        request = pb.EndSessionRequest(model="demo", session_id="s", salt="s" * 257)
+        error = from_rpc_error(await error_of(rig.inference.EndSession(request)), service="gateway")
+        assert (error.reason, error.param) == ("INVALID_VALUE", "salt")
 
 
 async def test_reuse_is_counted_by_model_and_kind() -> None:

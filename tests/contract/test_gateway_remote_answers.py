@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
-from caravan.core.v1 import chat_pb2, generation_pb2
+from caravan.core.v1 import chat_pb2, generation_pb2, scheduling_pb2
 from caravan.inference.v1 import inference_service_pb2 as pb
 
 from services.runtime.errors import CaravanError, from_rpc_error
@@ -70,15 +70,20 @@ async def test_pieces_are_counted_where_there_are_no_tokens() -> None:
 
 
 async def test_the_engine_is_told_what_it_needs() -> None:
-    """Priority, and whether the seed is the client's; the coordinator is told the same priority."""
+    """Whether the seed is the client's; and the priority: the client's, or the one with which the coordinator admitted it."""
     async with running() as rig:
+        rig.coordinator.default_priority = scheduling_pb2.PRIORITY_BACKGROUND
         await rig.chat_bytes(caravan={"priority": "high"}, seed=5)
         await rig.chat_bytes()
         chosen, drawn = rig.engine.requests
         assert (chosen.sampling.seed, chosen.seed_drawn) == (5, False)
         assert (drawn.sampling.HasField("seed"), drawn.seed_drawn) == (True, True)
-        assert chosen.priority == rig.coordinator.routes[0].priority != 0
-        assert drawn.priority == rig.coordinator.routes[1].priority == 0
+        assert [asked.priority for asked in rig.coordinator.routes] == [
+            scheduling_pb2.PRIORITY_HIGH,
+            scheduling_pb2.PRIORITY_UNSPECIFIED,
+        ]
+        assert chosen.priority == scheduling_pb2.PRIORITY_HIGH
+        assert drawn.priority == scheduling_pb2.PRIORITY_BACKGROUND
 
 
 async def test_usage_that_is_known_at_the_end() -> None:

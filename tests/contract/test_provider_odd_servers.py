@@ -115,7 +115,8 @@ async def test_a_certificate_that_nobody_trusts(tls: ssl.SSLContext) -> None:
 def plain(status: str, body: bytes, **headers: str) -> bytes:
     """An answer of HTTP/1.1 with its length."""
     named = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    return f"HTTP/1.1 {status}\r\n{named}content-length: {len(body)}\r\n\r\n".encode() + body
+    head = f"HTTP/1.1 {status}\r\n{named}content-length: {len(body)}\r\n\r\n"
+    return head.encode("latin-1") + body
 
 
 async def test_compression_that_was_not_asked_for() -> None:
@@ -165,6 +166,26 @@ async def test_what_is_no_http() -> None:
     """Another service listens there."""
     async with saying(b"SSH-2.0-OpenSSH_9.9\r\n\r\n") as server, caller(server.url) as it:
         assert (await it.failure()).failure is Failure.NETWORK
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "kept"),
+    [
+        ("500 Oops", {"x_request_id": "req_7"}, "req_7"),
+        ("200 OK", {"request_id": "req_8", "content_type": "text/event-stream"}, "req_8"),
+        ("500 Oops", {"request_id": "r" * 500}, "r" * 128),
+        ("500 Oops", {"x_request_id": "\u009b2J"}, ""),
+        ("500 Oops", {}, ""),
+    ],
+    ids=["refusal", "no answer", "long", "of a terminal", "none"],
+)
+async def test_a_failure_bears_the_providers_name_of_the_call(
+    status: str, told: dict[str, str], kept: str
+) -> None:
+    """Its support asks for it. It is of somebody else, and ends up in logs."""
+    answer = plain(status, b"data: {nonsense\n\n", **told)
+    async with saying(answer) as server, caller(server.url) as it:
+        assert (await it.failure()).call_id == kept
 
 
 async def test_a_redirect_is_not_followed() -> None:

@@ -16,6 +16,22 @@ from services.runtime.errors import CaravanError
 from tests.support.remote import KEY, Rig, running_remote
 
 PROVIDERS = ("openai", "anthropic", "gemini")
+OPENS_AT_ONCE: dict[str, Any] = {
+    "breaker": {"failureThreshold": 1, "openDuration": "0.05s"},
+    "retry": {"maxRetries": 0},
+}
+
+
+def state_of_breaker(rig: Rig) -> State:
+    """How it stands now."""
+    return rig.engine.endpoint.breaker.state(rig.engine.endpoint.clock.monotonic())
+
+
+async def half_open(rig: Rig) -> None:
+    """A failure opens the breaker of an engine with OPENS_AT_ONCE, and its time passes."""
+    rig.provider.faults.add(Fault(Kind.STATUS, status=503))
+    await rig.refusal()
+    await rig.until(lambda: state_of_breaker(rig) is State.HALF_OPEN)
 
 
 def attempts(rig: Rig, outcome: str) -> float:
@@ -88,7 +104,10 @@ async def test_what_does_not_pass_is_not_tried_again(fault: Fault, reason: str) 
     """One call, one error of the table; the breaker does not mind."""
     async with running_remote() as rig:
         rig.provider.faults.add(fault)
-        assert (await rig.refusal()).reason == reason
+        error = await rig.refusal()
+        assert error.reason == reason
+        is_unknown = reason == "PROVIDER_NOT_FOUND"
+        assert error.metadata.get("model") == ("gpt-4o-mini" if is_unknown else None)
         assert len(rig.provider.requests) == 1
         await rig.idle()
         assert rig.engine.endpoint.breaker.status(0).failures == 0
@@ -117,6 +136,39 @@ async def test_retries_have_a_budget() -> None:
         rig.provider.faults.add(Fault(Kind.STATUS, status=500, times=None))
         await asyncio.gather(*(rig.refusal() for _ in range(20)))
         assert len(rig.provider.requests) == 20 + 10
+
+
+async def test_requests_earn_retries() -> None:
+    """Beyond the ten at the start there is one for each first call: here, because each may earn a whole one."""
+    retry = {"initialBackoff": "0.001s", "maxBackoff": "0.001s", "budget": 1, "maxRetries": 1}
+    async with running_remote(retry=retry, breaker={"failureThreshold": 0}, workers=20) as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=500, times=None))
+        await asyncio.gather(*(rig.refusal() for _ in range(20)))
+        assert len(rig.provider.requests) == 20 + 20
+
+
+async def test_who_meets_an_open_breaker_waits_for_no_limit() -> None:
+    """The refusal comes at once, so that a fallback can serve, also where the limit is used up."""
+    async with running_remote(Script(tokens=1), limits={"requestsPerMinute": 1}) as rig:
+        await rig.run()
+        rig.engine.endpoint.breaker.force_open(rig.engine.endpoint.clock.monotonic(), None)
+        async with asyncio.timeout(5):
+            assert (await rig.refusal()).reason == "CIRCUIT_OPEN"
+        await rig.idle()
+
+
+async def test_a_probe_that_is_answered_closes_the_breaker_before_its_end() -> None:
+    """A long answer must not keep all others away while it runs: its first byte shows that the provider is back."""
+    async with running_remote(Script(tokens=2), **OPENS_AT_ONCE) as rig:
+        await half_open(rig)
+        pause = rig.provider.faults.add(Fault(Kind.PAUSE, after=1, seconds=60, times=None))
+        probe = rig.stub.Generate(rig.request())
+        await rig.until(lambda: any(row.pieces for row in rig.engine.inflight.oldest_first()))
+        assert state_of_breaker(rig) is State.CLOSED
+        rig.provider.faults.remove(pause)
+        assert (await rig.run()).pieces == 2
+        probe.cancel()
+        await rig.idle()
 
 
 async def test_the_breaker_opens_tries_singly_and_closes() -> None:
@@ -150,20 +202,14 @@ async def test_the_breaker_opens_tries_singly_and_closes() -> None:
 
 async def test_a_probe_that_is_cancelled_gives_its_place_back() -> None:
     """A client that leaves while its request tries the provider does not keep others from trying (W23)."""
-    options: dict[str, Any] = {
-        "breaker": {"failureThreshold": 1, "openDuration": "0.05s"},
-        "retry": {"maxRetries": 0},
-    }
-    async with running_remote(Script(tokens=5), **options) as rig:
-        rig.provider.faults.add(Fault(Kind.STATUS, status=503))
-        await rig.refusal()
-        breaker, clock = rig.engine.endpoint.breaker, rig.engine.endpoint.clock
-        await rig.until(lambda: breaker.state(clock.monotonic()) is State.HALF_OPEN)
+    async with running_remote(Script(tokens=5), **OPENS_AT_ONCE) as rig:
+        await half_open(rig)
         hang = rig.provider.faults.add(Fault(Kind.HANG, times=None))
         call = rig.stub.Generate(rig.request())
         await rig.provider.wait_for_requests(2)
         call.cancel()
         await rig.idle()
+        assert state_of_breaker(rig) is State.HALF_OPEN  # Nothing was found out.
         rig.provider.faults.remove(hang)
         assert (await rig.run()).pieces == 5
 
@@ -208,6 +254,16 @@ async def test_without_a_credential_nothing_is_served_until_there_is_one() -> No
         assert not rig.engine.load().failure
 
 
+async def test_a_file_that_appears_heals_an_engine_without_a_credential(tmp_path: Path) -> None:
+    """It is looked for while nobody asks: a secret may be mounted after the engine has started."""
+    path = tmp_path / "key"
+    async with running_remote(credential={"file": str(path)}) as rig:
+        assert (await rig.refusal()).reason == "PROVIDER_UNAUTHORIZED"
+        path.write_text(KEY)
+        await rig.until(lambda: not rig.engine.load().failure)
+        assert (await rig.run()).reason == "STOP"
+
+
 @pytest.mark.parametrize(
     ("fault", "timeouts", "phase", "calls"),
     [
@@ -229,11 +285,24 @@ async def test_each_phase_has_its_time(
         assert error.reason == "PROVIDER_TIMEOUT"
         assert error.metadata["waited_for"] == phase
         assert 150 <= int(error.metadata["elapsed_ms"]) < 5000
+        # The limit is told as it was configured.
+        assert error.message.endswith(" in time." if phase == "total" else " within 0.2 s.")
         async with asyncio.timeout(5):
             await rig.provider.requests[0].closed_by_client.wait()
         assert len(rig.provider.requests) == calls
         await rig.idle()
         assert rig.engine.endpoint.breaker.status(0).failures == 1
+
+
+async def test_what_failed_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where a retry helps, so that a client sees nothing of it; once for the three calls that failed."""
+    async with running_remote() as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=503, times=3))
+        assert (await rig.run()).reason == "STOP"
+        rig.provider.faults.add(Fault(Kind.STATUS, status=400))
+        await rig.refusal()
+    told = [line for line in caplog.messages if line.startswith("a call failed")]
+    assert told == ["a call failed: provider_failed: OpenAI says: scripted failure"]
 
 
 async def test_a_provider_that_is_not_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from caravan.engine.v1 import engine_service_pb2 as pb
@@ -11,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
+from services.engine.remote.estimate import prompt_tokens
 from services.runtime.errors import CaravanError
 from services.runtime.telemetry import OtelTracing
 from tests.support.remote import running_remote
@@ -68,6 +70,31 @@ async def test_a_request_costs_what_the_table_says() -> None:
         assert (spent.tenant, spent.nanousd, spent.requests) == ("ants", nanousd, 1)
         assert spent.completion_tokens == 10
         assert rig.sample("caravan_remote_cost_usd_total") == pytest.approx(nanousd / 1e9)
+        assert rig.sample("caravan_remote_cached_prompt_tokens_total") == 1
+        assert rig.sample("caravan_remote_first_byte_seconds_count") == 1
+
+
+@pytest.mark.parametrize("who", ["caller", "deadline", "timeout"])
+async def test_a_call_that_is_given_up_costs_its_prompt(who: str) -> None:
+    """The provider has read it, and charges it, also where nothing of the answer has come: else leaving early would be free."""
+    options: dict[str, Any] = {"price": {"inputUsd": 2, "outputUsd": 8}, "retry": {"maxRetries": 0}}
+    if who == "timeout":
+        options["timeouts"] = {"firstByte": "0.2s"}
+    async with running_remote(**options) as rig:
+        rig.provider.faults.add(Fault(Kind.HANG))
+        request = rig.request(tenant="ants")
+        running = asyncio.create_task(rig.run(request, 0.3 if who == "deadline" else None))
+        await rig.provider.wait_for_requests(1)
+        if who == "caller":
+            running.cancel()
+        ends = asyncio.CancelledError if who == "caller" else CaravanError
+        with pytest.raises(ends):
+            await running
+        await rig.idle()
+        (spent,) = rig.engine.endpoint.accounts.spend.report()
+        assert (spent.tenant, spent.requests, spent.completion_tokens) == ("ants", 1, 0)
+        assert spent.prompt_tokens == prompt_tokens(request) > 0
+        assert spent.nanousd == spent.prompt_tokens * 2000
 
 
 async def test_a_trace_has_a_part_for_each_attempt() -> None:

@@ -11,6 +11,7 @@ from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
+from services.engine.remote.estimate import prompt_tokens
 from services.runtime.errors import CaravanError
 from tests.support.remote import Answer, Rig, running_remote
 
@@ -43,6 +44,8 @@ async def test_the_order_of_those_who_wait() -> None:
             *("the first", "CRITICAL 2", "HIGH 3", "NORMAL 0", "NORMAL 4", "BACKGROUND 1")
         ]
         await rig.idle()
+        assert rig.sample("caravan_queue_seconds_count") == 6
+        assert rig.sample("caravan_queue_seconds_sum") > 0
 
 
 async def test_a_queue_has_an_end() -> None:
@@ -161,6 +164,20 @@ async def test_a_limit_counts_what_was_used() -> None:
         assert used == usage.prompt_tokens + usage.completion_tokens
 
 
+@pytest.mark.parametrize(("status", "prompts"), [(400, 0), (429, 0), (500, 1)])
+async def test_a_limit_counts_prompts_of_calls_that_may_have_begun(
+    status: int, prompts: int
+) -> None:
+    """A refused request has cost the provider nothing, a failed one perhaps its prompt; the answer that never came is given back."""
+    limits = {"tokensPerMinute": 100_000}
+    async with running_remote(limits=limits, retry={"maxRetries": 0}) as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=status))
+        request = rig.request()
+        await rig.refusal(request)
+        await rig.idle()
+        assert rig.engine.endpoint.gate.status().tokens_used == prompts * prompt_tokens(request)
+
+
 async def test_a_breaker_that_opens_meanwhile_gives_the_limit_back() -> None:
     """Who waited for the limit while the provider failed is refused by the breaker, and holds no place of the limit."""
     async with running_remote(
@@ -174,6 +191,22 @@ async def test_a_breaker_that_opens_meanwhile_gives_the_limit_back() -> None:
         second = asyncio.create_task(rig.refusal())
         assert (await first).reason == "PROVIDER_FAILED"
         assert (await second).reason == "CIRCUIT_OPEN"
+        await rig.idle()
+
+
+async def test_an_answer_of_any_length_holds_no_more_than_a_minute_of_the_limit() -> None:
+    """Who asks for billions of tokens must not keep all others away for days."""
+    async with running_remote(limits={"tokensPerMinute": 100_000}) as rig:
+        rig.provider.faults.add(Fault(Kind.HANG))
+        longest = rig.request()
+        longest.stop.max_tokens = (1 << 31) - 1
+        call = rig.stub.Generate(longest)
+        await rig.provider.wait_for_requests(1)
+        with pytest.raises(CaravanError) as raised:
+            await rig.run(timeout_s=20)
+        assert raised.value.metadata["limit"] == "tokens_per_minute"
+        assert 20 < (raised.value.retry_after_s or 0) < 70
+        call.cancel()
         await rig.idle()
 
 

@@ -22,7 +22,7 @@ from prometheus_client import generate_latest
 
 from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
-from services.engine.remote.redaction import redact_logs
+from services.engine.remote.redaction import REDACTED, redact_logs
 from services.runtime.telemetry import OtelTracing
 from tests.support.remote import Rig, running_remote
 
@@ -59,6 +59,7 @@ async def gossip() -> AsyncIterator[str]:
         error = {"message": message, "type": key, "code": key, "param": f"x-{key}"}
         body = json.dumps({"error": error}).encode()
         writer.write(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n")
+        writer.write(f"x-request-id: of-{key}\r\n".encode())
         writer.write(b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body) + body)
         await writer.drain()
         writer.close()
@@ -151,14 +152,21 @@ async def test_a_canary_is_found_nowhere(
 
 
 async def test_a_provider_that_quotes_the_key_is_not_quoted() -> None:
-    """What a provider says goes to the caller without the credential, in whatever form it stands there."""
+    """What a provider says goes to the caller, and into traces, without the credential, in whatever form it stands there."""
+    spans = InMemorySpanExporter()
+    tracing = OtelTracing("engine", SimpleSpanProcessor(spans))
+    environ = {"PROVIDER_KEY": CANARY}
     async with (
         gossip() as base_url,
-        running_remote(environ={"PROVIDER_KEY": CANARY}, baseUrl=base_url) as rig,
+        running_remote(environ=environ, tracing=tracing, baseUrl=base_url) as rig,
     ):
         error = await rig.refusal()
         assert error.reason == "PROVIDER_REJECTED"
         assert_clean("error", f"{error.message} {error.metadata}")
+    tracing.shutdown()
+    attempt = next(span for span in spans.get_finished_spans() if span.name == "attempt")
+    assert dict(attempt.attributes or {})["caravan.provider_call_id"] == f"of-{REDACTED}"
+    assert_clean("span", attempt.to_json())
 
 
 @pytest.mark.parametrize(

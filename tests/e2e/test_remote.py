@@ -150,10 +150,11 @@ def test_an_engine_that_is_killed_ends_its_answers_with_one_error(
 def test_a_breaker_that_is_held_open_sends_requests_to_the_fallback(
     stack: Stack, provider: ScriptedProvider
 ) -> None:
-    """`caravan remote` shows it, and lets it go again."""
+    """`caravan remote` shows it, as `caravan status` does, and lets it go again."""
     provider.script = QUICK
     _caravan(stack, "remote", "breaker", "chat", "open")
     assert "held open" in _caravan(stack, "remote")
+    assert "breaker of openai: held open" in _caravan(stack, "status", "--once")
     before = len(provider.requests)
     answer = httpx.post(stack.url + CHAT, json=chat_body("chat"), timeout=30)
     assert (answer.status_code, answer.headers["x-caravan-deployment"]) == (200, "small")

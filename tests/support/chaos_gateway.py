@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from caravan.core.v1 import scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator.checks import checked_held
@@ -206,6 +207,7 @@ class Request:
             lease.incarnation,
             lease.model,
             grant.idempotent,
+            scheduling_pb2.PRIORITY_NORMAL,
         )
         wanted = routes.Wanted(self.request_id, self.model)
         self.gateway.held.add(self._lease, wanted, asking.want.arrived_at)

@@ -10,7 +10,7 @@ from typing import Any
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as coordinator_pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as coordinator_grpc
-from caravan.core.v1 import generation_pb2
+from caravan.core.v1 import generation_pb2, scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.engine.v1 import engine_service_pb2_grpc as engine_grpc
 
@@ -61,7 +61,8 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
         self.requests: list[engine_pb.GenerateRequest] = []
         self.prefills: list[engine_pb.PrefillOnlyRequest] = []
         self.prefill_steps: list[Step] = []
-        self.conversations: set[str] = set()
+        self.conversations: set[tuple[str, str]] = set()
+        """Salt and session of what it keeps."""
         self.metadata: list[dict[str, str]] = []
         self.cancelled: list[str] = []
         self.running = 0
@@ -123,8 +124,8 @@ class FakeEngine(engine_grpc.EngineServiceServicer):
 
     async def EndSession(self, request: Any, context: Any) -> Any:
         """Forgets the conversation."""
-        found = request.session_id in self.conversations
-        self.conversations.discard(request.session_id)
+        found = (request.salt, request.session_id) in self.conversations
+        self.conversations.discard((request.salt, request.session_id))
         return engine_pb.EndSessionResponse(found=found)
 
     async def FetchBlocks(self, request: Any, context: Any) -> AsyncIterator[Any]:
@@ -168,6 +169,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     interval_ms: int = 2_000
     address: str = "127.0.0.1:0"
     idempotent: bool = True
+    default_priority: scheduling_pb2.Priority.ValueType = scheduling_pb2.PRIORITY_NORMAL
     serving_model: str = ""
     chain: tuple[str, ...] = ()
     engine_came: asyncio.Event = field(default_factory=asyncio.Event)
@@ -238,6 +240,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
             ),
             model=serving,
             idempotent=self.idempotent,
+            priority=request.priority or self.default_priority,
         )
 
     def _serving(self, request: coordinator_pb.RouteRequest) -> str:

@@ -123,17 +123,22 @@ class Root:
         return block_file.read_block(self.file_of(key), expected)
 
     def scan(self) -> Iterator[Head]:
-        """The blocks with valid metadata, one by one; broken files and those of dead writers are removed. Raises RootError."""
+        """The blocks with valid metadata, one by one; broken files and those of dead writers are removed. Raises RootError.
+
+        About in the order in which they were saved: file systems number files so, and list them by the hash of their names. So
+        the rows of a chain lie together in the memory of the cache service, as they did before it was restarted.
+        """
         try:
             with os.scandir(self.path) as entries:
-                for entry in entries:
-                    path = Path(entry.path)
-                    if f"{_SUFFIX}." in entry.name and entry.name.endswith(_TEMPORARY):
-                        self._sweep(path)
-                    elif entry.name.endswith(_SUFFIX):
-                        head = self._scan_block(path)
-                        if head is not None:
-                            yield head
+                by_number = sorted((entry.inode(), entry.name) for entry in entries)
+            for _, name in by_number:
+                path = self.path / name
+                if f"{_SUFFIX}." in name and name.endswith(_TEMPORARY):
+                    self._sweep(path)
+                elif name.endswith(_SUFFIX):
+                    head = self._scan_block(path)
+                    if head is not None:
+                        yield head
         except OSError as error:
             raise _trouble(error) from error
 

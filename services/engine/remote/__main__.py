@@ -25,6 +25,7 @@ from services.engine.remote.breaker import Breaker, Transition
 from services.engine.remote.credentials import Credential, CredentialError, CredentialSession
 from services.engine.remote.endpoint import Endpoint
 from services.engine.remote.engine import Identity, RemoteEngine
+from services.engine.remote.failure_log import FailureLog
 from services.engine.remote.http_client import ProviderClient
 from services.engine.remote.metrics import RemoteMetrics
 from services.engine.remote.options import EngineOptions, OptionsError, read_options
@@ -93,8 +94,12 @@ def build_engine(
 
     def breaker_changed(transition: Transition) -> None:
         metrics.breaker_changed(transition.after.value)
-        before, after = transition.before.name.lower(), transition.after.name.lower()
-        _LOG.warning("breaker: %s, after %s (%s)", after, before, transition.why)
+        _LOG.warning(
+            "the breaker is %s, and was %s: %s",
+            transition.after.name.lower().replace("_", " "),
+            transition.before.name.lower().replace("_", " "),
+            transition.why.replace("_", " "),
+        )
 
     price = tariff(PriceTable.load(), options.told, settings.provider, options.model)
     if price.price is None:
@@ -111,6 +116,7 @@ def build_engine(
         redactor=process.redactor,
         accounts=Accounts(price, SpendCounters(), metrics),
         metrics=metrics,
+        failures=FailureLog(),
         tracing=process.tracing,
         clock=process.clock,
         fraction=random_fraction,

@@ -29,7 +29,9 @@ def decoded(decoder: msgspec.json.Decoder[T], data: str, provider: Provider) -> 
 def no_answer(provider: Provider) -> ProviderError:
     """The provider sent something else than an answer. What it was is not quoted: it could be anything."""
     return ProviderError(
-        Failure.SERVER_ERROR, f"{provider.title} sent what is no answer.", status="200"
+        Failure.SERVER_ERROR,
+        f"{provider.title} sent something that is not an answer.",
+        status="200",
     )
 
 
@@ -62,7 +64,7 @@ class Ending:
         if reason is None:
             if not self.done:
                 raise ProviderError(
-                    Failure.NETWORK, f"The answer of {self._provider.title} was cut off."
+                    Failure.NETWORK, f"{self._provider.title}'s answer was cut off."
                 )
             reason = generation_pb2.FINISH_REASON_STOP
         if called and reason == generation_pb2.FINISH_REASON_STOP:

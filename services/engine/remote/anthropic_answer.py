@@ -197,4 +197,5 @@ class AnthropicReader:
 
 def _arguments(block: _Block) -> str:
     raw = bytes(block.input)
-    return "" if raw in _EMPTY else raw.decode()
+    # The API writes an empty object where pieces of the arguments follow, and servers after its model may put a space into it.
+    return "" if b"".join(raw.split()) in _EMPTY else raw.decode()

@@ -55,12 +55,14 @@ class Transition:
 
 
 class CircuitOpenError(ProviderError):
-    """No call was made. `retry_after_s` is when one may be again."""
+    """No call was made. `retry_after_s` is when one may be again; `forced`: an operator wants none."""
 
-    def __init__(self, retry_after_s: float) -> None:
+    def __init__(self, retry_after_s: float, *, forced: bool = False) -> None:
         super().__init__(
             Failure.CIRCUIT_OPEN,
-            "The provider of the model has failed too often lately, and is left alone for a while.",
+            "The operator has suspended calls to the provider of the model."
+            if forced
+            else "The provider of the model has failed too often lately, and is left alone for a while.",
             retry_after_s=retry_after_s,
         )
 
@@ -144,7 +146,8 @@ class Breaker:
         """The permit for one call. Raises CircuitOpenError."""
         state = self.state(now)
         if state is State.OPEN:
-            raise CircuitOpenError(self._remaining(now) or self._config.open_s)
+            open_s = self._remaining(now) or self._config.open_s
+            raise CircuitOpenError(open_s, forced=self._forced)
         permit = Permit(self, self._generation)
         if state is State.HALF_OPEN:
             overdue = [p for p, since in self._probes.items() if now - since >= self._config.open_s]

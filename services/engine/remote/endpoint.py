@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from services.engine.remote.accounts import Accounts
 from services.engine.remote.breaker import Breaker
 from services.engine.remote.credentials import CredentialSession
+from services.engine.remote.failure_log import FailureLog
 from services.engine.remote.http_client import ProviderClient
 from services.engine.remote.metrics import RemoteMetrics
 from services.engine.remote.rate_gate import RateGate
@@ -37,6 +38,7 @@ class Endpoint:
     redactor: Redactor
     accounts: Accounts
     metrics: RemoteMetrics
+    failures: FailureLog
     tracing: Tracing
     clock: Clock
     fraction: Callable[[], float]

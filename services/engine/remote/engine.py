@@ -157,7 +157,9 @@ class RemoteEngine:
             priority=generate.priority,
             deadline=math.inf if remaining_s is None else request.arrived + remaining_s,
             prompt_tokens=prompt_tokens(generate),
-            tokens=expected_tokens(generate, options.default_max_tokens),
+            tokens=expected_tokens(
+                generate, options.default_max_tokens, options.limits.tokens_per_minute
+            ),
             gather_s=gather_s(generate, options.gather_s),
             span=span,
         )

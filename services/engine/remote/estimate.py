@@ -33,10 +33,14 @@ def prompt_tokens(generate: pb.GenerateRequest) -> int:
     return tokens_of_text(tools) + sum(map(_message_tokens, chat.messages))
 
 
-def expected_tokens(generate: pb.GenerateRequest, default_max_tokens: int) -> int:
-    """Tokens of the prompt and of the longest answer that the request allows: what a limit must hold for it."""
-    longest = generate.stop.max_tokens or default_max_tokens
-    return prompt_tokens(generate) + longest
+def expected_tokens(generate: pb.GenerateRequest, default_max_tokens: int, per_minute: int) -> int:
+    """Tokens of the prompt and of the longest answer that the request allows: what a limit must hold for it.
+
+    Not more than the limit allows in a minute, where there is one (0: none): a caller may ask for an answer as long as it likes, and
+    all others would wait for days. What is really used beyond it counts when the answer has ended.
+    """
+    longest = prompt_tokens(generate) + (generate.stop.max_tokens or default_max_tokens)
+    return min(longest, per_minute) if per_minute else longest
 
 
 def _message_tokens(message: chat_pb2.ChatMessage) -> int:

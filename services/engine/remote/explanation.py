@@ -14,6 +14,7 @@ from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.provider import Provider
 
 _MESSAGE_CHARACTERS_MAX: Final = 500
+_CALL_ID_CHARACTERS_MAX: Final = 128
 _RETRY_AFTER_MAX_S: Final = 86_400.0
 _BY_STATUS: Final[Mapping[int, Failure]] = {
     401: Failure.UNAUTHORIZED,
@@ -112,6 +113,12 @@ def text_at(document: Any, *path: str) -> str:
     if isinstance(document, int) and not isinstance(document, bool):
         return str(document)
     return document if isinstance(document, str) else ""
+
+
+def call_id(headers: Mapping[str, str]) -> str:
+    """The provider's name of a call, which its support asks for; "" where it tells none that could be shown."""
+    told = headers.get("x-request-id") or headers.get("request-id") or ""
+    return told[:_CALL_ID_CHARACTERS_MAX] if told.isprintable() else ""
 
 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> float | None:

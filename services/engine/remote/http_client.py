@@ -7,17 +7,18 @@ time no call could be made at all. Over HTTP/1.1 the connection is closed, and t
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlsplit
 
-import httpcore
+import h11
 
 from services.engine.remote.answer_stream import AnswerStream
-from services.engine.remote.connections import open_pool
+from services.engine.remote.connections import Connections
+from services.engine.remote.explanation import call_id
 from services.engine.remote.failure import Failure, ProviderError
+from services.engine.remote.http1 import Connection, Head
 from services.engine.remote.phases import Phase, PhaseTimer, Timeouts
 from services.engine.remote.provider import Provider
 from services.engine.remote.response_bytes import ResponseBytes
@@ -32,14 +33,6 @@ _HEADERS: Final = {
     "accept-encoding": "identity",
     "user-agent": "caravan",
 }
-_SENDING: Final = "send_request_headers.started"
-_BROKEN: Final = (
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-    httpcore.TimeoutException,
-    OSError,
-)
-"""How exchanges fail that had a connection."""
 
 
 class ProviderClient:
@@ -58,22 +51,18 @@ class ProviderClient:
         *,
         kept: int = 64,
     ) -> None:
-        _quiet_library()
         self._provider = provider
         self._wire = wire
         self._timeouts = timeouts
         self._clock = clock
         parts = urlsplit(base_url)
-        self._scheme = parts.scheme.encode()
-        self._host = (parts.hostname or "").encode()
-        self._port = parts.port
-        self._path = parts.path.rstrip("/")
-        self._headers = {**_HEADERS, "host": parts.netloc.rpartition("@")[2]}
-        self._pool = open_pool(base_url, kept)
+        self._connections = Connections(base_url, kept, clock)
+        self._prefix = self._connections.prefix + parts.path.rstrip("/")
+        self._headers = {**_HEADERS, **self._connections.headers, "host": parts.netloc}
 
     async def aclose(self) -> None:
-        """Closes all connections."""
-        await self._pool.aclose()
+        """Closes the connections that no call uses."""
+        self._connections.close()
 
     @asynccontextmanager
     async def stream(
@@ -86,70 +75,63 @@ class ProviderClient:
         the connection can be used again.
         """
         timer = PhaseTimer(self._timeouts, self._provider, self._clock)
-        response = await self._send(request, {**request.headers, **headers}, timer)
+        named = self._named(request, headers)
+        connection = await self._connected(timer)
         try:
-            named = _readable(response.headers)
-            content = ResponseBytes(response, named, timer, self._provider)
-            if response.status != 200:
-                raise await self._refused(response.status, named, content)
-            yield AnswerStream(named, content, self._provider)
+            head = await self._asked(connection, request, named, timer)
+            try:
+                content = ResponseBytes(connection, head.headers, timer, self._provider)
+                if head.status != 200:
+                    raise await self._refused(head, content)
+                yield AnswerStream(head.headers, content, self._provider)
+            except ProviderError as error:
+                error.call_id = call_id(head.headers)
+                raise
             await content.drain()
         finally:
-            await response.aclose()
+            self._connections.give_back(connection)
 
-    async def _send(
-        self, request: WireRequest, headers: Mapping[str, str], timer: PhaseTimer
-    ) -> httpcore.Response:
-        """Sends the request and waits for the headers of the answer."""
+    def _named(self, request: WireRequest, headers: Mapping[str, str]) -> dict[str, str]:
+        """All headers of a call."""
         if not all(value.isascii() and value.isprintable() for value in headers.values()):
             # Libraries would quote the value in their errors.
             raise ProviderError(
                 Failure.UNAUTHORIZED, "The credential of the deployment fits into no header."
             )
+        length = str(len(request.body))
+        return {**self._headers, **request.headers, **headers, "content-length": length}
 
-        async def trace(name: str, _: Mapping[str, Any]) -> None:
-            if name.endswith(_SENDING):
-                timer.enter(Phase.FIRST_BYTE)
+    async def _connected(self, timer: PhaseTimer) -> Connection:
+        try:
+            async with timer:
+                return await self._connections.take()
+        except (OSError, h11.ProtocolError) as error:
+            raise self._unreachable(f"cannot be reached: {error}.") from None
 
+    async def _asked(
+        self,
+        connection: Connection,
+        request: WireRequest,
+        headers: Mapping[str, str],
+        timer: PhaseTimer,
+    ) -> Head:
+        """Sends the request and waits for the head of the answer."""
+        timer.enter(Phase.FIRST_BYTE)
         # Errors of libraries may hold headers: they go no further, not even as the cause of ours.
         try:
-            message = self._message(request, headers)
-            message.extensions["trace"] = trace
             async with timer:
-                return await self._pool.handle_async_request(message)
-        except (httpcore.ConnectError, httpcore.ProxyError) as error:
-            raise self._unreachable(f"cannot be reached: {error}.") from None
-        except _BROKEN:
+                return await connection.send(
+                    "POST", f"{self._prefix}/{request.path}", headers, request.body
+                )
+        except (OSError, h11.ProtocolError):
             raise self._unreachable("closed the connection without an answer.") from None
-
-    def _message(self, request: WireRequest, headers: Mapping[str, str]) -> httpcore.Request:
-        named = {**self._headers, **headers, "content-length": str(len(request.body))}
-        target = f"{self._path}/{request.path}".encode()
-        return httpcore.Request(
-            "POST",
-            httpcore.URL(scheme=self._scheme, host=self._host, port=self._port, target=target),
-            headers=[(name.encode(), value.encode()) for name, value in named.items()],
-            content=request.body,
-        )
 
     def _unreachable(self, what: str) -> ProviderError:
         return ProviderError(Failure.NETWORK, f"{self._provider.title} {what}")
 
-    async def _refused(
-        self, status: int, headers: Mapping[str, str], content: ResponseBytes
-    ) -> ProviderError:
+    async def _refused(self, head: Head, content: ResponseBytes) -> ProviderError:
         """What the provider says instead of an answer. The status counts even where its explanation does not come."""
         body = b""
         with suppress(ProviderError):
             body = await content.up_to(ERROR_BYTES_MAX)
-        return self._wire.error(status, headers, body[:ERROR_BYTES_MAX])
-
-
-def _readable(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
-    """Headers by name in lower case; of one that is repeated the last."""
-    return {name.decode("ascii").lower(): value.decode("latin-1") for name, value in headers}
-
-
-def _quiet_library() -> None:
-    """It logs headers at the level of debugging."""
-    logging.getLogger("httpcore").setLevel(logging.WARNING)
+        return self._wire.error(head.status, head.headers, body[:ERROR_BYTES_MAX])

@@ -89,7 +89,7 @@ class PhaseTimer:
         elapsed_ms = round((self._clock.monotonic() - self._began) * 1000)
         return ProviderError(
             Failure.TIMEOUT,
-            f"{self._provider.title} {_MISSED[self._phase]} within {elapsed_ms} ms.",
+            f"{self._provider.title} {_MISSED[self._phase]} within {self.timeouts.of(self._phase):g} s.",
             waited_for=self._phase.value,
             elapsed_ms=str(elapsed_ms),
         )

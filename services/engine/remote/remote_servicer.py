@@ -71,8 +71,9 @@ class RemoteServicer(pb_grpc.RemoteServiceServicer):
                 breaker.force_closed(now, for_s)
             case _:
                 raise CaravanError("INVALID_VALUE", "There is no such mode.", param="mode")
-        mode = pb.SetBreakerRequest.Mode.Name(request.mode)
-        _LOG.warning("the breaker was set by hand: %s, for %s s", mode, for_s or "any number of")
+        mode = pb.SetBreakerRequest.Mode.Name(request.mode).removeprefix("MODE_").lower()
+        span = "" if for_s is None else f", for {for_s:g} s"
+        _LOG.warning("the breaker was set by hand: %s%s", mode, span)
         return pb.SetBreakerResponse(breaker=breaker.status(now))
 
 
@@ -83,6 +84,6 @@ def _for_s(request: pb.SetBreakerRequest) -> float | None:
     seconds = request.duration.ToNanoseconds() / 1e9
     if not 0 < seconds <= _FOR_S_MAX:
         raise CaravanError(
-            "INVALID_VALUE", f"Not within 0 to {_FOR_S_MAX:g} seconds.", param="duration"
+            "INVALID_VALUE", f"Not above 0 s, to {_FOR_S_MAX:g} s.", param="duration"
         )
     return seconds

@@ -8,22 +8,16 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final
 
-import httpcore
+import h11
 
 from services.engine.remote.failure import Failure, ProviderError
-from services.engine.remote.network import Stream
+from services.engine.remote.http1 import Connection
 from services.engine.remote.phases import Phase, PhaseTimer
 from services.engine.remote.provider import Provider
 
 _DRAIN_S: Final = 0.05
 _DRAIN_BYTES_MAX: Final = 64 * 1024
-_BROKEN: Final = (
-    httpcore.NetworkError,
-    httpcore.ProtocolError,
-    httpcore.TimeoutException,
-    OSError,
-    zlib.error,
-)
+_BROKEN: Final = (OSError, h11.ProtocolError, zlib.error)
 _PLAIN: Final = ("", "identity")
 _PACKED: Final = ("gzip", "x-gzip", "deflate")
 _ANY_FORMAT: Final = zlib.MAX_WBITS | 32
@@ -38,13 +32,12 @@ class ResponseBytes:
 
     def __init__(
         self,
-        response: httpcore.Response,
+        connection: Connection,
         headers: Mapping[str, str],
         timer: PhaseTimer,
         provider: Provider,
     ) -> None:
-        self._chunks = aiter(response.stream)  # type: ignore[arg-type]  # httpcore's type has both its kinds
-        self._stream: Stream = response.extensions["network_stream"]
+        self._connection = connection
         self._timer = timer
         self._provider = provider
         self._has_begun = False
@@ -58,7 +51,7 @@ class ResponseBytes:
         """From now on reads end not earlier than so long after each other; see Stream."""
         limit_s = self._timer.timeouts.between_bytes_s
         # What has come must not be waited for so long that it counts as missing.
-        self._stream.gather(seconds if limit_s is None else min(seconds, limit_s / 2))
+        self._connection.stream.gather(seconds if limit_s is None else min(seconds, limit_s / 2))
 
     async def read(self) -> bytes:
         """The next bytes, b"" at the end. Raises ProviderError: TIMEOUT, or NETWORK where the body is cut off."""
@@ -67,21 +60,20 @@ class ResponseBytes:
         try:
             async with self._timer:
                 chunk = await self._next()
-        except StopAsyncIteration:
-            self._has_ended = True
-            return b""
         except _BROKEN:
             raise self._cut_off() from None
         self._has_begun = True
+        self._has_ended = not chunk
         return chunk
 
     async def _next(self) -> bytes:
-        if self._unpack is None:
-            return await anext(self._chunks)
-        # A piece of what is packed may hold nothing.
-        while not (chunk := self._unpack.decompress(await anext(self._chunks))):
-            pass
-        return chunk
+        while chunk := await self._connection.read():
+            if self._unpack is not None:
+                chunk = self._unpack.decompress(chunk)
+            # Of what is packed, some bytes may hold nothing.
+            if chunk:
+                return chunk
+        return b""
 
     async def up_to(self, size: int) -> bytes:
         """The whole body, or its first bytes where it has more than `size`. Raises like `read`."""
@@ -94,14 +86,12 @@ class ResponseBytes:
         """Reads the rest of a body whose end is due, so that its connection can be used again; what does not come at once is left."""
         if self._has_ended:
             return
-        self._stream.gather(0)
+        self._connection.stream.gather(0)
         left = _DRAIN_BYTES_MAX
         with suppress(TimeoutError, *_BROKEN):
             async with asyncio.timeout(_DRAIN_S):
-                async for chunk in self._chunks:
+                while left > 0 and (chunk := await self._connection.read()):
                     left -= len(chunk)
-                    if left < 0:
-                        return
 
     def _cut_off(self) -> ProviderError:
-        return ProviderError(Failure.NETWORK, f"The answer of {self._provider.title} was cut off.")
+        return ProviderError(Failure.NETWORK, f"{self._provider.title}'s answer was cut off.")

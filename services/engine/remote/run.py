@@ -7,6 +7,7 @@ tried again only while nothing of the answer has come: after its first event ano
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Mapping
 
@@ -22,6 +23,8 @@ from services.engine.remote.rate_gate import RatePermit
 from services.engine.remote.request import Phase, Request, Work
 from services.engine.remote.wire import AnswerReader, Outcome
 from services.runtime.errors import CaravanError
+
+_LOG = logging.getLogger(__name__)
 
 
 class Run:
@@ -46,6 +49,7 @@ class Run:
                 try:
                     outcome = await self._call(credential)
                 except ProviderError as error:
+                    self._tell(error)
                     if not self._may_repeat(error):
                         raise
                     if await self._rebuilt(error, credential):
@@ -56,10 +60,16 @@ class Run:
                 return None
         except ProviderError as error:
             clean = self._endpoint.redactor.clean_error(error)
-            request.outbox.fail(clean.to_error(self._endpoint.provider))
+            request.outbox.fail(clean.to_error(self._endpoint.provider, self._endpoint.model))
         except CaravanError as error:
             request.outbox.fail(error)
         return None
+
+    def _tell(self, error: ProviderError) -> None:
+        """Tells the operator, who may see nothing of it where a retry or a fallback helps."""
+        endpoint = self._endpoint
+        if self._was_called and (line := endpoint.failures.line(error, endpoint.clock.monotonic())):
+            _LOG.warning("%s", endpoint.redactor.clean(line))
 
     def _may_repeat(self, error: ProviderError) -> bool:
         """Whether a call was made, and nothing of an answer has come; a limit that was reached is waited for only with patience."""
@@ -140,6 +150,8 @@ class Run:
             label = failure.value.lower()
             if failure is Failure.RATE_LIMITED:
                 rate.throttled(error.retry_after_s)
+            if error.call_id:
+                span.set(caravan__provider_call_id=endpoint.redactor.clean(error.call_id))
             raise
         else:
             return outcome
@@ -226,11 +238,14 @@ class Run:
                 request.usage = told
             else:
                 request.usage = estimated(told, self._work.prompt_tokens, request.pieces)
-            request.cost_nanousd = self._endpoint.accounts.cost_nanousd(request.usage)
-            return request.usage.prompt_tokens + request.usage.completion_tokens
-        # Of a call without an answer the provider may have read the prompt; to count the longest answer too, for each of many
-        # failures, would use up a limit that the provider has not touched.
-        return 0 if failure in _NOTHING_USED else self._work.prompt_tokens
+        elif failure in _GIVEN_UP:
+            request.usage = estimated(None, self._work.prompt_tokens, 0)
+        else:
+            # The provider may have read the prompt; to count the longest answer too, for each of many failures, would use up a
+            # limit that the provider has not touched.
+            return 0 if failure in _NOTHING_USED else self._work.prompt_tokens
+        request.cost_nanousd = self._endpoint.accounts.cost_nanousd(request.usage)
+        return request.usage.prompt_tokens + request.usage.completion_tokens
 
 
 _NOTHING_USED = frozenset(
@@ -244,6 +259,8 @@ _NOTHING_USED = frozenset(
     }
 )
 """What a provider refuses before it computes anything."""
+_GIVEN_UP = frozenset({None, Failure.TIMEOUT})
+"""How calls end that nobody waits for any more, by their caller's will or by ours: providers charge for prompts that they have read."""
 
 
 def estimated(

@@ -7,6 +7,7 @@ import queue
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from random import Random
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
+from services.coordinator.limits import RETURN_S
 from tests.support.chaos_clients import Question, Said, streamed, typed
 from tests.support.chaos_load import MODEL, SOURCE, questions
 from tests.support.chaos_proxy import FreezingProxy, freezing_proxy
@@ -79,6 +81,44 @@ def test_a_process_that_stands_still(chaos: Chaos, random: Random, api: str) -> 
     chaos.wait_until_ready(MODEL, 2)
     chaos.wait_until_nothing_is_left()
     assert _undisturbed(chaos, question) == expected
+
+
+def test_the_only_engine_stands_still_for_a_while(chaos: Chaos, random: Random) -> None:
+    """There is no other to go on with the answer, so it goes on there, a short while after the engine is back."""
+    chaos.wait_until_ready(MODEL, 2)
+    other = chaos.stack.engine_names()[1]
+    chaos.drain(other)
+    question = questions(random, 1)[0]
+    expected = _undisturbed(chaos, question)
+    stopped = Interrupted(at=10)
+
+    def go_on(pid: int) -> None:
+        try:
+            waits = pb.INFLIGHT_PHASE_QUEUED
+            wait_for(
+                lambda: [r for r in chaos.inflight() if r.phase == waits], "it waits for another"
+            )
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        going_on: list[Future[None]] = []
+
+        def seen(events: int) -> None:
+            engine_id = stopped.watch(chaos, events)
+            if engine_id:
+                pid = chaos.stack.pids()[engine_id]
+                os.kill(pid, signal.SIGSTOP)
+                going_on.append(pool.submit(go_on, pid))
+
+        said = typed(chaos.door, MODEL, question, seen)
+        took_s = time.monotonic() - stopped.since
+    assert said == expected
+    going_on[0].result()
+    assert took_s < MOVED_S + RETURN_S + MARGIN_S
+    chaos.undrain(other)
+    chaos.wait_until_ready(MODEL, 2)
+    chaos.wait_until_nothing_is_left()
 
 
 def test_a_client_that_leaves_a_process_that_stands_still(chaos: Chaos) -> None:

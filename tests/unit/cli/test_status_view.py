@@ -10,11 +10,13 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import deployment_pb2
 from caravan.core.v1 import generation_pb2, scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
+from caravan.engine.v1 import remote_service_pb2 as remote_pb
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.cli.oncall_tables import engine_lines, engine_phase, request_phase
+from services.cli.remote_tables import Seen
 from services.cli.reused_tokens import ReusedTokens, read_metrics
 from services.cli.status import frame
 from services.cli.status_view import Snapshot, as_json, page
@@ -111,6 +113,51 @@ def test_an_engine_in_front_of_a_provider() -> None:
     (_, line) = engine_lines([told])
     assert line.split("  ")[:2] == ["engine-0", "demo (openai)"]
     assert line.split()[-2:] == ["-", "-"]
+
+
+def test_why_an_engine_is_not_chosen() -> None:
+    """A note for each reason; one that says itself that it drains needs none."""
+    told = engine("engine-0")
+    told.drained = told.held_back = told.suspect = True
+    notes = list(engine_lines([told]))[2:]
+    assert [note.split(":")[1].split()[0] for note in notes] == ["was", "held", "suspect"]
+    told = engine("engine-0", phase=engine_pb.ENGINE_PHASE_DRAINING)
+    told.drained = True
+    assert len(list(engine_lines([told]))) == 2
+
+
+def test_why_a_provider_is_not_asked() -> None:
+    """Breakers that keep calls back, and budgets that are spent; nothing of those that are well, or do not answer."""
+    told = engine("engine-0")
+    told.model.provider = "openai"
+    states = [
+        remote_pb.BreakerStatus(state=remote_pb.BREAKER_STATE_OPEN, failures=10),
+        remote_pb.BreakerStatus(state=remote_pb.BREAKER_STATE_HALF_OPEN),
+        remote_pb.BreakerStatus(state=remote_pb.BREAKER_STATE_CLOSED, failures=3),
+    ]
+    states[0].remaining.FromSeconds(28)
+    seen = Snapshot(
+        engines=[told],
+        remotes=[
+            *(Seen(told, remote_pb.GetRemoteStatusResponse(breaker=state)) for state in states),
+            Seen(told, None, "no answer"),
+        ],
+        costs=[
+            pb.DeploymentCosts(deployment="chat", exceeded=True),
+            pb.DeploymentCosts(deployment="well"),
+        ],
+    )
+    assert [line for line in page(seen) if line.startswith("!")] == [
+        "! engine-0: breaker of openai: open for 28.0 s",
+        "! engine-0: breaker of openai: half open",
+        "! chat: its budget is spent",
+    ]
+    shown = as_json(seen)
+    assert [one["breaker"]["state"] for one in shown["remotes"]][:2] == [
+        "BREAKER_STATE_OPEN",
+        "BREAKER_STATE_HALF_OPEN",
+    ]
+    assert [one["exceeded"] for one in shown["costs"]] == [True, False]
 
 
 @pytest.mark.parametrize("columns", [1, 12, 40, 79])

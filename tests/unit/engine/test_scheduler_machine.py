@@ -85,10 +85,12 @@ class Machine(RuleBasedStateMachine):
     def end(self, data: st.DataObject, keep: bool) -> None:
         self._end(data.draw(st.sampled_from(self.live)), keep=keep)
 
-    @rule(session=st.sampled_from(["s", "t", "u"]))
-    def end_session(self, session: str) -> None:
-        self.scheduler.end_session(session)
-        assert not self.scheduler.end_session(session), "what is let go is gone"
+    @rule(salt=st.sampled_from([b"", b"tenant"]), session=st.sampled_from(["s", "t", "u"]))
+    def end_session(self, salt: bytes, session: str) -> None:
+        others = [r for r in self.scheduler._space.residents if r.salt != salt]
+        self.scheduler.end_session(salt, session)
+        assert not self.scheduler.end_session(salt, session), "what is let go is gone"
+        assert [r for r in self.scheduler._space.residents if r.salt != salt] == others
 
     @rule(seconds=st.sampled_from([1, 60]))
     def time_passes(self, seconds: int) -> None:

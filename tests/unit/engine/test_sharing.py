@@ -132,9 +132,9 @@ def test_a_session_keeps_its_last_turn_until_it_is_ended() -> None:
     rig.finish(rig.add(list(range(20)), session="s"), 1)
     rig.finish(rig.add(list(range(50, 70)), session="s"), 1)
     assert rig.scheduler.residents == 1
-    assert rig.scheduler.end_session("s")
+    assert rig.scheduler.end_session(b"", "s")
     assert rig.scheduler.free_cells == 200
-    assert not rig.scheduler.end_session("s")
+    assert not rig.scheduler.end_session(b"", "s")
 
 
 def test_residents_give_way_before_anybody_waits_or_is_swapped_out() -> None:

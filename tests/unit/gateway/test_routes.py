@@ -8,7 +8,15 @@ from caravan.core.v1 import scheduling_pb2
 from services.gateway.held import HeldLeases
 from services.gateway.routes import Lease, Wanted
 
-LEASE = Lease("lease-1", "engine-0", "127.0.0.1:7010", "life-1", "demo", idempotent=True)
+LEASE = Lease(
+    "lease-1",
+    "engine-0",
+    "127.0.0.1:7010",
+    "life-1",
+    "demo",
+    idempotent=True,
+    priority=scheduling_pb2.PRIORITY_BACKGROUND,
+)
 
 
 def test_a_first_route_waits_as_its_client_says() -> None:
@@ -57,10 +65,9 @@ def test_a_request_whose_deployment_failed_asks_like_a_new_one() -> None:
 
 
 def test_held_leases_are_told_with_their_age() -> None:
-    """What a coordinator needs to take a lease over; what has ended is not told."""
+    """What a coordinator needs to take a lease over, with the priority that it gave; what has ended is not told."""
     held = HeldLeases()
-    scheduling = scheduling_pb2.Scheduling(priority=scheduling_pb2.PRIORITY_BACKGROUND)
-    held.add(LEASE, Wanted("req-1", "asked-for", scheduling=scheduling), asked_at=10.0)
+    held.add(LEASE, Wanted("req-1", "asked-for"), asked_at=10.0)
     (message,) = held.messages(now=12.5)
     assert (message.lease_id, message.request_id, message.model) == ("lease-1", "req-1", "demo")
     assert (message.engine_id, message.incarnation) == ("engine-0", "life-1")

@@ -114,6 +114,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "nobody waits",
     ),
     ({**KEY, "default_max_tokens": (1 << 24) + 1}, "default_max_tokens", "is not within"),
+    ({**KEY, "gather": "1.001s"}, "gather", "is not within 0 to 1 s"),
     ({**KEY, "on_capacity_exhausted": 9}, "on_capacity_exhausted", "9 is not one"),
 ]
 

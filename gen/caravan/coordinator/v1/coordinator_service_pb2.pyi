@@ -636,7 +636,9 @@ class RouteRequest(_message.Message):
 
     @_builtins.property
     def avoid_incarnations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Lives of engines that it must not go to, because it has just been lost or refused there. At most 16."""
+        """Lives of engines that it must not go to, because it has just been lost there. Where no other is ready for 5 s, it goes back
+        to one of them that has reported since. At most 16.
+        """
 
     @_builtins.property
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedDeployment]:
@@ -702,10 +704,13 @@ class RouteResponse(_message.Message):
     QUEUED_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     IDEMPOTENT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the deployment that serves the request: the one that was asked for, or one of its fallbacks."""
     idempotent: _builtins.bool
     """Whether a request of this deployment may be sent to a second engine once the first may have begun it."""
+    priority: _scheduling_pb2.Priority.ValueType
+    """The priority with which the request was admitted: its own, or the default of the deployment that was asked for."""
     @_builtins.property
     def lease(self) -> Global___Lease:
         """The lease."""
@@ -721,10 +726,11 @@ class RouteResponse(_message.Message):
         queued: _duration_pb2.Duration | None = ...,
         model: _builtins.str = ...,
         idempotent: _builtins.bool = ...,
+        priority: _scheduling_pb2.Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "queued", b"queued"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotent", b"idempotent", "lease", b"lease", "model", b"model", "queued", b"queued"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idempotent", b"idempotent", "lease", b"lease", "model", b"model", "priority", b"priority", "queued", b"queued"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1070,6 +1076,9 @@ class Engine(_message.Message):
     WRITTEN_OFF_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
+    HELD_BACK_FIELD_NUMBER: _builtins.int
+    SUSPECT_FIELD_NUMBER: _builtins.int
     engine_id: _builtins.str
     """Its id."""
     address: _builtins.str
@@ -1082,6 +1091,12 @@ class Engine(_message.Message):
     """The life of its process."""
     revision: _builtins.str
     """Revision of the deployment for which it was started. Empty: by hand."""
+    drained: _builtins.bool
+    """Whether it was taken out of service, by a person or because its deployment needs it no more."""
+    held_back: _builtins.bool
+    """Whether its deployment keeps it out of service, because engines of another revision serve."""
+    suspect: _builtins.bool
+    """Whether a request has failed on it, or was not ended in time, and none has finished since: it is chosen last."""
     @_builtins.property
     def model(self) -> _engine_service_pb2.ModelInfo:
         """Its model."""
@@ -1106,10 +1121,13 @@ class Engine(_message.Message):
         written_off: _builtins.int = ...,
         incarnation: _builtins.str = ...,
         revision: _builtins.str = ...,
+        drained: _builtins.bool = ...,
+        held_back: _builtins.bool = ...,
+        suspect: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "model", b"model", "report_age", b"report_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "engine_id", b"engine_id", "incarnation", b"incarnation", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age", "revision", b"revision", "written_off", b"written_off"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "drained", b"drained", "engine_id", b"engine_id", "held_back", b"held_back", "incarnation", b"incarnation", "leases", b"leases", "load", b"load", "model", b"model", "report_age", b"report_age", "revision", b"revision", "suspect", b"suspect", "written_off", b"written_off"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

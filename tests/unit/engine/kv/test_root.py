@@ -143,6 +143,15 @@ def test_a_scan_lists_the_good_and_removes_the_bad(tmp_path: Path) -> None:
     assert files(root) == {*good, "notes.txt"}
 
 
+def test_a_scan_lists_files_by_their_number(tmp_path: Path) -> None:
+    """That is about the order in which they were saved, whatever a listing of the folder says."""
+    root = open_root(tmp_path)
+    blocks = chain_of(prompt_of(1, 256 * 24), state_bytes=100)
+    paths = [saved(root, block) for block in blocks]
+    by_number = sorted(paths, key=lambda path: path.stat().st_ino)
+    assert [root.file_of(head.meta.key) for head in root.scan()] == by_number
+
+
 def test_a_scan_reads_only_the_metadata(tmp_path: Path) -> None:
     root = open_root(tmp_path)
     path = saved(root, BLOCK)

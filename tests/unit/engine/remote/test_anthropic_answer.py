@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -131,6 +132,15 @@ def test_tool_calls() -> None:
         Call(index=1, arguments_json="{}"),
         Call(index=2, id="c", name="all", arguments_json='{"y": [1.0]}'),
     ]
+
+
+def test_an_empty_object_with_space_in_it_is_no_argument() -> None:
+    """The arguments follow in pieces: an object before them would make both together no JSON."""
+    started = json.dumps(block(0, type="tool_use", id="a", name="look", input={}))
+    reader = wire_of(ANTHROPIC).reader()
+    began = reader.read("", started.replace('"input": {}', '"input": { }'))
+    assert began is not None
+    assert began.calls == [Call(index=0, id="a", name="look")]
 
 
 def test_arguments_of_no_call() -> None:

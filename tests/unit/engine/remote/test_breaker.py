@@ -190,6 +190,17 @@ def test_it_can_be_held_without_an_end_and_let_go() -> None:
     assert watched.refusal(1e6) == 10.0
 
 
+def test_a_refusal_says_who_wants_it() -> None:
+    """An operator who reads "has failed too often" of a breaker that is held open would look for failures."""
+    breaker = Breaker(BreakerConfig(failure_threshold=1), lambda _: None)
+    breaker.acquire(0.0).fail(0.0)
+    with pytest.raises(CircuitOpenError, match="failed too often"):
+        breaker.acquire(0.0)
+    breaker.force_open(0.0, None)
+    with pytest.raises(CircuitOpenError, match="operator has suspended calls"):
+        breaker.acquire(0.0)
+
+
 @dataclass(eq=False)
 class Period:
     """A time without a change of state, in the reference."""

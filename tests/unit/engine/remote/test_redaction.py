@@ -115,7 +115,7 @@ def test_errors_are_cleaned_and_stay_the_same_failure() -> None:
     error = ProviderError(
         Failure.RATE_LIMITED, f"no quota for {SECRET}", retry_after_s=3.0, limit=f"key {SECRET}"
     )
-    cleaned = Redactor(SECRET).clean_error(error).to_error("openai")
+    cleaned = Redactor(SECRET).clean_error(error).to_error("openai", "gpt-9")
     assert SECRET not in repr((cleaned.message, cleaned.metadata))
     assert (cleaned.reason, cleaned.retry_after_s) == ("RATE_LIMITED", 3.0)
 

@@ -86,7 +86,7 @@ def test_a_wait_that_is_too_long_is_not_begun(asked_s: float, remaining_s: float
     """Longer than the longest backoff, or than the deadline allows: given up at once, and the retry time is the provider's."""
     asked = ProviderError(Failure.RATE_LIMITED, "x", retry_after_s=asked_s)
     assert retry_of().decide(0, asked, remaining_s, 0.0) is None
-    assert asked.to_error("openai").retry_after_s == asked_s
+    assert asked.to_error("openai", "gpt-9").retry_after_s == asked_s
 
 
 @given(

@@ -158,7 +158,7 @@ def test_what_the_caller_is_told() -> None:
     assert found.metadata == {"status": "400", "param": "n"}
     assert found.message.startswith("OpenAI says: n is wrong")
     assert len(found.message) < 600
-    error_of = found.to_error("openai")
+    error_of = found.to_error("openai", "gpt-9")
     assert (error_of.reason, error_of.param) == ("PROVIDER_REJECTED", "n")
     assert error(OPENAI, 503).metadata == {"status": "503"}
     assert error(OPENAI, 429, {"error": {"code": "insufficient_quota"}}).metadata == {

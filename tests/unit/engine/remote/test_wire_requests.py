@@ -173,5 +173,6 @@ def test_estimates() -> None:
     assert 100 <= plain <= 110
     assert prompt_tokens(chat(user("x" * 400), tools=["look"])) > plain
     assert prompt_tokens(_image(url="https://e.org/a.png")) >= 1000
-    assert expected_tokens(chat(user("x" * 400)), 50) == plain + 50
-    assert expected_tokens(chat(user("x" * 400), stop=Stop(max_tokens=7)), 50) == plain + 7
+    assert expected_tokens(chat(user("x" * 400)), 50, 0) == plain + 50
+    assert expected_tokens(chat(user("x" * 400), stop=Stop(max_tokens=7)), 50, 0) == plain + 7
+    assert expected_tokens(chat(user("x" * 400)), 50, 120) == 120

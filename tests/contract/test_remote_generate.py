@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
+from caravan.core.v1 import chat_pb2
 from caravan.engine.v1 import engine_service_pb2 as pb
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -47,6 +49,41 @@ async def test_the_length_that_was_asked_for() -> None:
         answer = await rig.run(request)
         assert answer.reason == "LENGTH"
         assert answer.usage.completion_tokens == 4
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+async def test_a_tool_is_called(provider: str) -> None:
+    """Its name and id come once, and the pieces of its arguments are one JSON object."""
+    async with running_remote(provider=provider) as rig:
+        request = rig.request()
+        request.chat.tools.add(name="look", parameters_json='{"type": "object", "properties": {}}')
+        request.chat.tool_choice.mode = chat_pb2.ToolChoice.MODE_REQUIRED
+        answer = await rig.run(request)
+        assert answer.reason == "TOOL_CALLS"
+        assert {call.index for call in answer.calls} == {0}
+        assert [call.name for call in answer.calls if call.name] == ["look"]
+        assert len([call.id for call in answer.calls if call.id]) == 1
+        assert isinstance(json.loads("".join(c.arguments_json for c in answer.calls)), dict)
+
+
+async def test_log_probabilities_are_those_of_all_tokens() -> None:
+    """Also where several pieces are told together."""
+    async with running_remote(Script(tokens=20)) as rig:
+        answer = await rig.run(rig.request(top_logprobs=2))
+        assert b"".join(entry.token for entry in answer.logprobs).decode() == answer.text
+        assert {len(entry.top) for entry in answer.logprobs} == {2}
+
+
+async def test_what_anthropic_is_told_and_tells_besides() -> None:
+    """An answer's longest length, which it asks for; and the stop text that was met."""
+    script = Script(text="one two three")
+    async with running_remote(script, provider="anthropic", defaultMaxTokens=77) as rig:
+        request = rig.request()
+        request.stop.stop.append("three")
+        answer = await rig.run(request)
+        assert rig.provider.requests[0].json()["max_tokens"] == 77
+        assert (answer.text.strip(), answer.reason) == ("one two", "STOP")
+        assert answer.finished[0].stop_text == "three"
 
 
 async def test_what_comes_together_is_one_message() -> None:

@@ -30,6 +30,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from services.cli.__main__ import main
 from services.dev.provider.script import Script
 from services.dev.provider.server import ScriptedProvider
+from services.engine.remote.redaction import REDACTED
 from services.runtime.channel import open_channel
 from tests.support.coordinator import Coordinator, running_coordinator, until
 from tests.support.ports import free_port
@@ -90,6 +91,16 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
             assert events[-1].finished.usage.completion_tokens == 50
         async with asyncio.timeout(20):
             assert await running.wait() == 0
+
+
+async def test_what_a_process_logs_is_redacted() -> None:
+    """Also where nobody has thought of it: here the key is the name of the model too, which the first line tells."""
+    async with (
+        ScriptedProvider(accepted_keys={KEY}) as provider,
+        engine(provider, CARAVAN_ENGINE_MODEL=f"chat={KEY}") as running,
+    ):
+        serving = await log_line(running, re.compile(rb"serving chat: (.*) at openai"))
+        assert serving[1].decode() == REDACTED
 
 
 async def test_it_does_without_llama_cpp() -> None:
@@ -237,3 +248,12 @@ async def test_credentials_that_are_replaced() -> None:
             assert "two words" not in str(raised.value)
         assert (await rig.run()).reason == "STOP"
         await until(lambda: not rig.engine.inflight.depth)
+
+
+async def test_a_credential_is_read_again_where_it_comes_from() -> None:
+    """After a rotation that was wrong, or was meant for a while."""
+    async with running_remote() as rig:
+        await rig.remote.RotateCredential(remote_pb.RotateCredentialRequest(secret="sk-another"))
+        assert (await rig.refusal()).reason == "PROVIDER_UNAUTHORIZED"
+        await rig.remote.RotateCredential(remote_pb.RotateCredentialRequest(reread=True))
+        assert (await rig.run()).reason == "STOP"

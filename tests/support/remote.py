@@ -50,6 +50,7 @@ class Answer:
     deltas: int = 0
     progress: int = 0
     calls: list[chat_pb2.ToolCallDelta] = field(default_factory=list)
+    logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
     finished: list[pb.Finished] = field(default_factory=list)
 
     def add(self, event: pb.GenerateResponse) -> None:
@@ -66,6 +67,7 @@ class Answer:
                 self.refusal += event.delta.refusal
                 self.pieces += event.delta.pieces
                 self.calls += event.delta.tool_calls
+                self.logprobs += event.delta.logprobs
             case "progress":
                 self.progress += 1
             case _:

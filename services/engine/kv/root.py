@@ -125,8 +125,8 @@ class Root:
     def scan(self) -> Iterator[Head]:
         """The blocks with valid metadata, one by one; broken files and those of dead writers are removed. Raises RootError.
 
-        About in the order in which they were saved: file systems number files so, and list them by the hash of their names. So
-        the rows of a chain lie together in the memory of the cache service, as they did before it was restarted.
+        About in the order in which they were saved: file systems number files so, and list them by the hash of their names. What
+        belongs together comes together then.
         """
         try:
             with os.scandir(self.path) as entries:

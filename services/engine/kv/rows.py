@@ -48,6 +48,18 @@ def row_of_ram(block: SavedBlock, created: float, size_bytes: int) -> pb.Block:
     return row
 
 
+def chain_by_chain(rows: Sequence[pb.Block]) -> list[pb.Block]:
+    """The same rows, those of each chain together and from its beginning on; where chains fork, both branches are one."""
+    chain_of: dict[bytes, int] = {}
+    for number, row in enumerate(sorted(rows, key=_start)):
+        chain_of[row.key] = chain_of.get(row.parent_key, number)
+    return sorted(rows, key=lambda row: (chain_of[row.key], row.start))
+
+
+def _start(row: pb.Block) -> int:
+    return row.start
+
+
 def meta_of(block: SavedBlock, namespace: Namespace, created: float) -> BlockMeta:
     """What a file of the block says."""
     return BlockMeta(

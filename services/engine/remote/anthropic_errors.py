@@ -18,6 +18,8 @@ from services.engine.remote.provider import Provider
 
 _ANTHROPIC: Final = Provider.ANTHROPIC
 _TOO_LONG: Final = re.compile(r"context (length|window)|too long", re.IGNORECASE)
+_FILTERED: Final = "blocked by content filtering policy"
+"""In the messages of a kind that mistakes of callers have too; there is no code for it."""
 # Within a stream there is no status: what HTTP would have said.
 _STATUSES: Final[Mapping[str, int]] = {
     "invalid_request_error": 400,
@@ -60,4 +62,6 @@ def _error(
         failure = Failure.FORBIDDEN
     elif kind == "invalid_request_error" and status < 500 and _TOO_LONG.search(message):
         failure = Failure.CONTEXT_LENGTH_EXCEEDED
+    elif kind == "invalid_request_error" and status < 500 and _FILTERED in message:
+        failure = Failure.CONTENT_FILTERED
     return explained_error(_ANTHROPIC, failure, explanation, redact)

@@ -6,7 +6,6 @@ Raises OSError, and h11.ProtocolError where a proxy speaks no HTTP.
 from __future__ import annotations
 
 import base64
-import os
 import ssl
 from collections import deque
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Final
 from urllib.parse import SplitResult, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import certifi
+import httpx
 
 from services.engine.remote.http1 import Connection
 from services.engine.remote.network import Stream, connect
@@ -63,7 +62,7 @@ class Connections:
             return
         connection.idle_since = self._clock.monotonic()
         self._idle.append(connection)
-        while len(self._idle) > self._kept or self._is_old(self._idle[0]):
+        while self._idle and (len(self._idle) > self._kept or self._is_old(self._idle[0])):
             self._idle.popleft().stream.close()
 
     def close(self) -> None:
@@ -98,13 +97,7 @@ class Connections:
 
 
 def _context() -> ssl.SSLContext:
-    environ = os.environ
-    if environ.get("SSL_CERT_FILE") or environ.get("SSL_CERT_DIR"):
-        context = ssl.create_default_context(
-            cafile=environ.get("SSL_CERT_FILE") or None, capath=environ.get("SSL_CERT_DIR") or None
-        )
-    else:
-        context = ssl.create_default_context(cafile=certifi.where())
+    context = httpx.create_ssl_context()  # Respects SSL_CERT_FILE and SSL_CERT_DIR.
     context.set_alpn_protocols(["http/1.1"])
     return context
 

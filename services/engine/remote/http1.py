@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Final, NamedTuple
 
@@ -50,6 +50,8 @@ class Connection:
                 state.receive_data(await self.stream.read())
             elif isinstance(event, h11.Response):
                 return Head(event.status_code, _readable(event.headers))
+            elif not isinstance(event, h11.InformationalResponse):
+                raise ConnectionError("the connection was closed")
 
     async def read(self) -> bytes:
         """The next bytes of the answer's body, all that have come; b"" at its end."""
@@ -59,8 +61,8 @@ class Connection:
             event = state.next_event()
             if isinstance(event, h11.Data):
                 found.append(bytes(event.data))
-            elif event is not h11.NEED_DATA or found:
-                # The end is told again when it is asked for again.
+            elif event is not h11.NEED_DATA or found or state.their_state is not h11.SEND_BODY:
+                # The end is told once by h11, and here as often as it is asked for.
                 return found[0] if len(found) == 1 else b"".join(found)
             else:
                 state.receive_data(await self.stream.read())
@@ -75,5 +77,5 @@ class Connection:
         return True
 
 
-def _readable(headers: h11.Headers) -> dict[str, str]:
+def _readable(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     return {name.decode("ascii"): value.decode("latin-1") for name, value in headers}

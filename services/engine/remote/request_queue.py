@@ -85,7 +85,8 @@ class RequestQueue(Generic[Item]):
     def pop(self, now: float) -> Item | None:
         """Removes and returns the item whose turn it is, or None. What has expired is left to `expired`."""
         self._expire(now)
-        self._skip_gone(self._order)
+        while self._order and self._order[0][1] not in self._waiting:
+            heapq.heappop(self._order)
         if not self._order:
             return None
         item = self._waiting[heapq.heappop(self._order)[1]]
@@ -109,13 +110,6 @@ class RequestQueue(Generic[Item]):
         self._late.clear()
         return items
 
-    def next_deadline(self) -> float:
-        """When `expired` has something to return; infinity: never."""
-        if self._late:
-            return -math.inf
-        self._skip_gone(self._deadlines)
-        return self._deadlines[0][0] if self._deadlines else math.inf
-
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
             item = self._waiting.get(heapq.heappop(self._deadlines)[1])
@@ -135,7 +129,3 @@ class RequestQueue(Generic[Item]):
         kept = [entry for entry in heap if entry[1] in self._waiting]
         heapq.heapify(kept)
         return kept
-
-    def _skip_gone(self, heap: list[tuple[float, int]]) -> None:
-        while heap and heap[0][1] not in self._waiting:
-            heapq.heappop(heap)

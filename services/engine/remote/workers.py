@@ -8,7 +8,6 @@ crashes every call does not keep the process busy with replacing.
 from __future__ import annotations
 
 import heapq
-import math
 from collections import deque
 from typing import Final, TypeAlias
 
@@ -83,11 +82,3 @@ class WorkerPool:
         else:
             self._idle.append(worker_id)
         return True
-
-    def next_return(self) -> float:
-        """When the next worker that rests can be taken; infinity: none rests."""
-        return self._resting[0][0] if self._resting else math.inf
-
-    def holder(self, worker_id: WorkerId) -> str | None:
-        """The dispatch that a worker is at."""
-        return self._busy.get(worker_id)

@@ -11,10 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from caravan.cache.v1 import cache_service_pb2 as cache_pb
 
 from services.engine.kv import kvc
 from services.engine.kv.block_file import TemporaryBlock
+from services.engine.kv.holdings import Holdings, MountedRoot
 from services.engine.kv.kvc import Expected, Flaw, KvcError
+from services.engine.kv.ram import RamTier
 from services.engine.kv.root import Linked, Root, RootError, RootTrouble
 from services.engine.kv.rows import meta_of
 from services.engine.kv.store import SavedBlock
@@ -150,6 +153,20 @@ def test_a_scan_lists_files_by_their_number(tmp_path: Path) -> None:
     paths = [saved(root, block) for block in blocks]
     by_number = sorted(paths, key=lambda path: path.stat().st_ino)
     assert [root.file_of(head.meta.key) for head in root.scan()] == by_number
+
+
+def test_an_inventory_tells_chain_by_chain(tmp_path: Path) -> None:
+    """Of two that were saved at the same time."""
+    root = open_root(tmp_path)
+    chains = [chain_of(prompt_of(seed, 256 * 6), state_bytes=100) for seed in (1, 2)]
+    for pair in zip(*chains, strict=True):
+        for block in pair:
+            saved(root, block)
+    holdings = Holdings([MountedRoot(root, cache_pb.TIER_DISK, 2**40)], RamTier(0))
+    (part,) = holdings.inventory(root.root_id)
+    told = [row.key for row in part]
+    one, other = ([block.key for block in chain] for chain in chains)
+    assert told in ([*one, *other], [*other, *one])
 
 
 def test_a_scan_reads_only_the_metadata(tmp_path: Path) -> None:

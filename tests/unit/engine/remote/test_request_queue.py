@@ -98,14 +98,12 @@ def test_what_has_expired_is_told_and_never_served() -> None:
     queue.push("later", CRITICAL, 0.0, deadline=4.0)
     queue.push("gone", CRITICAL, 0.0, deadline=3.0)
     queue.push("ever", BACKGROUND, 0.0)
-    assert queue.next_deadline() == 3.0
     assert queue.pop(5.0) == "ever"
     assert queue.pop(5.0) is None
     assert len(queue) == 3
-    assert queue.next_deadline() == -math.inf
     assert queue.remove("gone")
     assert queue.expired(5.0) == ["later", "late"]
-    assert (queue.expired(5.0), len(queue), queue.next_deadline()) == ([], 0, math.inf)
+    assert (queue.expired(5.0), len(queue)) == ([], 0)
 
 
 @given(seed=st.integers(0, 2**32 - 1), rate=st.floats(0.5, 3.0))
@@ -218,9 +216,6 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def both_count_the_same(self) -> None:
         assert len(self.queue) == len(self.waiting)
-        soonest = min((item.deadline for item in self.waiting), default=math.inf)
-        told = self.queue.next_deadline()
-        assert told == soonest if told > self.now else soonest <= self.now
 
 
 QueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -84,6 +84,17 @@ def test_too_many_requests_say_nothing_of_health() -> None:
             {"error": {"type": "invalid_request_error", "message": "The context length is 8"}},
             Failure.CONTEXT_LENGTH_EXCEEDED,
         ),
+        (
+            ANTHROPIC,
+            400,
+            {
+                "error": {
+                    "type": "invalid_request_error",
+                    "message": "Output blocked by content filtering policy",
+                }
+            },
+            Failure.CONTENT_FILTERED,
+        ),
         (ANTHROPIC, 400, {"error": {"type": "permission_error"}}, Failure.FORBIDDEN),
         (GEMINI, 400, {"error": {"status": "RESOURCE_EXHAUSTED"}}, Failure.RATE_LIMITED),
         (GEMINI, 400, {"error": {"message": "Blocked for safety"}}, Failure.CONTENT_FILTERED),

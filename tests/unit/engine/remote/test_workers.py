@@ -34,7 +34,8 @@ def test_a_message_that_comes_twice_or_late_frees_nobody() -> None:
     assert pool.take("second", 0.0) == worker
     assert not pool.idle(worker, "first")
     assert not pool.crashed(worker, "first", 0.0)
-    assert (pool.busy, pool.replaced, pool.holder(worker)) == (1, 0, "second")
+    assert (pool.busy, pool.replaced) == (1, 0)
+    assert pool.idle(worker, "second")
 
 
 def test_a_worker_that_crashes_is_replaced_at_once_and_then_rests() -> None:
@@ -43,8 +44,7 @@ def test_a_worker_that_crashes_is_replaced_at_once_and_then_rests() -> None:
     while now < 600.0:
         worker = pool.take(f"d{len(starts)}", now)
         if worker is None:
-            assert pool.next_return() > now
-            now = pool.next_return()
+            now += 0.05
             continue
         starts.append(now)
         assert pool.crashed(worker, f"d{len(starts) - 1}", now)
@@ -71,7 +71,6 @@ def test_the_rest_of_one_is_not_the_rest_of_all() -> None:
     for minute in range(100):
         assert rare.take(f"r{minute}", minute * 30.0) == "worker-0"
         assert rare.crashed("worker-0", f"r{minute}", minute * 30.0)
-        assert rare.next_return() == math.inf
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -123,10 +122,6 @@ class PoolMachine(RuleBasedStateMachine):
     def nobody_is_lost(self) -> None:
         assert self.pool.busy == len(self.holds)
         assert self.pool.replaced == sum(len(returns) for returns in self.returns.values())
-        for worker in self.workers:
-            assert self.pool.holder(worker) == self.holds.get(worker)
-        resting = [at for w, at in self.back_at.items() if at > self.now and w not in self.holds]
-        assert bool(resting) <= math.isfinite(self.pool.next_return())
 
 
 PoolMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -8,15 +8,18 @@ from contextlib import asynccontextmanager
 
 import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
+from caravan.coordinator.v1 import coordinator_service_pb2_grpc
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.engine.v1.remote_options_pb2 import RateLimits
 
 from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.rate_gate import RateGate, open_rate_gate
-from services.engine.remote.strict_meter import SHARED
+from services.engine.remote.strict_meter import AWAY_RETRY_S, AWAY_S, SHARED, StrictMeter
 from services.runtime.channel import open_channel
-from services.runtime.clock import SystemClock
+from services.runtime.clock import ManualClock, SystemClock
+from services.runtime.rate_limiter import Denial
 from tests.support.coordinator import Coordinator, EnginePeer, refused, running_coordinator, until
+from tests.support.ports import free_port
 
 TWO = RateLimits(concurrent_requests=2, strict=True)
 
@@ -232,20 +235,40 @@ async def test_a_request_that_is_cancelled_while_the_coordinator_answers_gives_i
 
 
 async def test_while_the_coordinator_is_away_nothing_goes() -> None:
-    """Refused at once, with a retry time: the limit is never passed. The same for an engine that has not joined."""
+    """The limit is never passed: who may wait does so for a while, others are refused at once, with a retry time."""
     async with running_coordinator() as coordinator:
         engine = EnginePeer(coordinator.stub, "engine-0")
         async with strict_gate(coordinator, engine, TWO) as gate:
-            with pytest.raises(ProviderError) as caught:
-                await gate.enter(5, None, patience=True)
-            assert caught.value.failure is Failure.RATE_LIMITED
+            for time_s, patience in ((None, False), (0.1, True)):
+                with pytest.raises(ProviderError) as caught:
+                    await gate.enter(5, time_s, patience)
+                assert caught.value.failure is Failure.RATE_LIMITED
+                assert caught.value.retry_after_s == pytest.approx(AWAY_RETRY_S, abs=0.1)
+                assert caught.value.metadata == {"limit": SHARED}
+            # To an engine that has not joined it says nothing either.
+            waiting = asyncio.create_task(gate.enter(5, None, patience=True))
             await engine.join()
-            permit = await gate.enter(5, None, patience=True)
+            async with asyncio.timeout(5):
+                permit = await waiting
             await coordinator.server.drain_and_stop()
             async with asyncio.timeout(5):
                 with pytest.raises(ProviderError) as caught:
-                    await gate.enter(5, None, patience=True)
+                    await gate.enter(5, 0.1, patience=True)
             assert caught.value.failure is Failure.RATE_LIMITED
-            assert caught.value.retry_after_s == 1.0
-            assert caught.value.metadata == {"limit": SHARED}
             permit.settle(1)
+
+
+async def test_a_coordinator_that_stays_away_is_not_waited_for() -> None:
+    """After ten seconds without any answer; whoever asks a while later waits anew."""
+    clock = ManualClock()
+    async with open_channel(f"127.0.0.1:{free_port()}") as channel:
+        stub = coordinator_service_pb2_grpc.CoordinatorServiceStub(channel)
+        meter = StrictMeter(stub, "key", "life-1", TWO, clock)
+        for later_s in (0.0, AWAY_S / 2, AWAY_S / 2 - 0.1):
+            clock.now += later_s
+            assert isinstance(await meter.ask(5), Denial)
+        clock.now += 0.2
+        with pytest.raises(ProviderError):
+            await meter.ask(5)
+        clock.now += AWAY_S
+        assert isinstance(await meter.ask(5), Denial)

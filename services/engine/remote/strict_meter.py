@@ -1,7 +1,7 @@
 """The coordinator's meter behind the gate: every call asks it, so that engines never pass a limit together (strict mode).
 
 A permit that the coordinator has granted is always ended by a call of SettleLimit, also where nobody waits for the grant any more;
-what cannot be told ends with the engine's session. While the coordinator is away nothing is let through.
+what cannot be told ends with the engine's session. While the coordinator is away nothing is let through; a restart of it is waited for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ SHARED: Final = "shared"
 """The name of the limit where the coordinator refuses: it does not say which."""
 ANSWER_S: Final = 2.0
 """Longest wait for the coordinator's answer."""
-AWAY_RETRY_S: Final = 1.0
+AWAY_RETRY_S: Final = 0.5
+AWAY_S: Final = 10.0
+"""After so long without any answer a request does not wait for the coordinator any more."""
 CALL_S: Final = 10.0
 """Time after which a call to the coordinator is given up. A grant that comes later than ANSWER_S is given back."""
 CLOSE_S: Final = 2.0
@@ -52,6 +54,8 @@ class StrictMeter:
         self._limits = limits
         self._clock = clock
         self._refused_until = 0.0
+        self._away: tuple[float, float] | None = None
+        """Since when the coordinator has not answered, and when it was last asked in vain."""
         self._tasks: set[asyncio.Task[None]] = set()
         self.changed = asyncio.Event()
 
@@ -70,18 +74,35 @@ class StrictMeter:
             async with asyncio.timeout(ANSWER_S):
                 answer = await asyncio.shield(asking)
         except grpc.aio.AioRpcError as error:
-            raise _away(error.code().name) from error
+            return self._unanswered(error.code().name)
         except TimeoutError:
             self._in_background(self._give_back(asking))
-            raise _away("it does not answer") from None
+            return self._unanswered("it does not answer")
         except asyncio.CancelledError:
             self._in_background(self._give_back(asking))
             raise
+        self._away = None
         if answer.permit_id:
             return StrictPermit(self, answer.permit_id)
         wait_s = answer.retry_after.ToMicroseconds() / 1e6
         self._refused_until = self._clock.monotonic() + wait_s
         return Denial(SHARED, wait_s)
+
+    def _unanswered(self, why: str) -> Denial:
+        """Whoever may wait does so while the coordinator may be about to come back. Raises ProviderError after that."""
+        now = self._clock.monotonic()
+        since = now
+        if self._away is not None and now - self._away[1] < AWAY_S:
+            since = self._away[0]
+        self._away = since, now
+        if now - since < AWAY_S:
+            return Denial(SHARED, AWAY_RETRY_S)
+        raise ProviderError(
+            Failure.RATE_LIMITED,
+            f"The limit is kept by the coordinator, which cannot be asked: {why}.",
+            retry_after_s=AWAY_RETRY_S,
+            limit=SHARED,
+        )
 
     async def _acquire(self, tokens: int) -> pb.AcquireLimitResponse:
         request = pb.AcquireLimitRequest(
@@ -161,12 +182,3 @@ class StrictPermit:
     def withdraw(self) -> None:
         """See Permit. The contract has no way to say that a request was never made; it counts as one without tokens."""
         self.settle(0)
-
-
-def _away(why: str) -> ProviderError:
-    return ProviderError(
-        Failure.RATE_LIMITED,
-        f"The limit is kept by the coordinator, which cannot be asked: {why}.",
-        retry_after_s=AWAY_RETRY_S,
-        limit=SHARED,
-    )

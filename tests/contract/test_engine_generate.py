@@ -73,6 +73,19 @@ async def test_held_text_is_delivered_when_the_answer_ends_by_length() -> None:
         assert answer.text == "abcd"
 
 
+async def test_an_answer_that_nobody_reads_before_its_end_is_few_deltas() -> None:
+    """With the same tokens, and a log probability for each."""
+    async with running_engine("demo=scripted:?tokens=40&step_ms=5") as client:
+        first, second = (client.request("hi", max_tokens=40) for _ in range(2))
+        first.top_logprobs = second.top_logprobs = 1
+        second.whole = True
+        read, whole = await client.run(first), await client.run(second)
+        assert whole.tokens == read.tokens
+        assert whole.text == read.text
+        assert whole.deltas <= 4 < read.deltas
+        assert len(whole.logprobs) == len(whole.tokens)
+
+
 async def test_a_resumed_answer_goes_on() -> None:
     """Prompt tokens with a part of the answer give the rest of it."""
     async with running_engine("demo=scripted:?tokens=40") as client:

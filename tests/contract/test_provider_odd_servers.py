@@ -15,6 +15,7 @@ import pytest
 from caravan.core.v1 import generation_pb2
 
 from services.engine.remote.failure import Failure
+from tests.support.forward_proxy import proxy
 from tests.support.provider_caller import caller
 
 STOP = generation_pb2.FINISH_REASON_STOP
@@ -31,6 +32,7 @@ class Server:
         self.answers = answers
         self.stays = stays
         self.url = ""
+        self.connections = 0
         self.requests = 0
         self.protocols: set[str | None] = set()
         self.left = asyncio.Event()
@@ -38,6 +40,7 @@ class Server:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection."""
+        self.connections += 1
         secured = writer.get_extra_info("ssl_object")
         self.protocols.add(secured.selected_alpn_protocol() if secured else None)
         try:
@@ -101,6 +104,24 @@ async def test_a_cancelled_call_is_seen_over_tls_too(
             await task
         await asyncio.wait_for(server.left.wait(), 10)
         assert server.protocols == {"http/1.1"}
+
+
+@pytest.mark.parametrize("tunnelled", [False, True])
+async def test_connections_over_tls_are_kept(
+    tls: ssl.SSLContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tunnelled: bool
+) -> None:
+    """Straight or through the tunnel of a proxy."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    answers = (plain("200 OK", ANSWER, content_type="text/event-stream"),) * 3
+    async with saying(*answers, stays=True, tls=tls) as server, proxy() as through:
+        if tunnelled:
+            monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{through.port}")
+        async with caller(server.url) as it:
+            for _ in answers:
+                assert (await it.call()).reason == STOP
+        assert (server.requests, server.connections) == (3, 1)
+        assert len(through.asked) == tunnelled
 
 
 async def test_a_certificate_that_nobody_trusts(tls: ssl.SSLContext) -> None:
@@ -179,13 +200,13 @@ async def test_what_is_no_http() -> None:
     ],
     ids=["refusal", "no answer", "long", "of a terminal", "none"],
 )
-async def test_a_failure_bears_the_providers_name_of_the_call(
+async def test_a_failure_bears_the_providers_request_id(
     status: str, told: dict[str, str], kept: str
 ) -> None:
     """Its support asks for it. It is of somebody else, and ends up in logs."""
     answer = plain(status, b"data: {nonsense\n\n", **told)
     async with saying(answer) as server, caller(server.url) as it:
-        assert (await it.failure()).call_id == kept
+        assert (await it.failure()).provider_request_id == kept
 
 
 async def test_a_redirect_is_not_followed() -> None:

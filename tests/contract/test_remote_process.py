@@ -93,6 +93,16 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
             assert await running.wait() == 0
 
 
+async def test_a_proxy_that_cannot_be_used_ends_the_start() -> None:
+    """Requests that went past it would be against the operator's will."""
+    proxy = {"ALL_PROXY": "socks5://user:hidden-word@127.0.0.1:9", "NO_PROXY": "", "no_proxy": ""}
+    async with ScriptedProvider() as provider, engine(provider, **proxy) as running:
+        told = await log_line(running, re.compile(rb"(.*proxy.*)"))
+        assert b"hidden-word" not in told[1]
+        async with asyncio.timeout(20):
+            assert await running.wait() == 2
+
+
 async def test_what_a_process_logs_is_redacted() -> None:
     """Also where nobody has thought of it: here the key is the name of the model too, which the first line tells."""
     async with (

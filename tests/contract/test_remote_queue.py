@@ -13,6 +13,7 @@ from services.dev.provider.faults import Fault, Kind
 from services.dev.provider.script import Script
 from services.engine.remote.estimate import prompt_tokens
 from services.runtime.errors import CaravanError
+from services.runtime.telemetry import NoTracing
 from tests.support.remote import Answer, Rig, running_remote
 
 SLOW = Script(tokens=1000, pace_s=0.01)
@@ -110,6 +111,27 @@ async def test_those_who_leave_the_queue_are_never_asked_for() -> None:
         first.cancel()
         await rig.idle()
         assert len(rig.provider.requests) == 1
+
+
+async def test_a_request_whose_deadline_has_passed_is_never_sent() -> None:
+    """Not even over a connection that is open, where nothing is waited for before it is (W17); so it costs nothing."""
+    async with running_remote(Script(tokens=1), limits={"tokensPerMinute": 100_000}) as rig:
+        await rig.run()
+        await rig.idle()
+        gate = rig.engine.endpoint.gate
+        used = gate.status().tokens_used
+        generate = rig.request()
+        late = rig.engine.register(generate.request_id)
+        rig.engine.submit(late, generate, 0.0, NoTracing().start("generate", None))
+        await rig.until(lambda: late.outbox.ended)
+        rig.engine.release(late, "ants", "deadline_exceeded")
+        await rig.idle()
+        update = await late.outbox.take()
+        assert update.error is not None
+        assert update.error.reason == "DEADLINE_EXCEEDED"
+        assert len(rig.provider.requests) == 1
+        assert gate.status().tokens_used == used
+        assert not late.cost_nanousd
 
 
 async def test_who_waits_to_try_again_holds_no_worker() -> None:

@@ -165,7 +165,7 @@ async def test_a_provider_that_quotes_the_key_is_not_quoted() -> None:
         assert_clean("error", f"{error.message} {error.metadata}")
     tracing.shutdown()
     attempt = next(span for span in spans.get_finished_spans() if span.name == "attempt")
-    assert dict(attempt.attributes or {})["caravan.provider_call_id"] == f"of-{REDACTED}"
+    assert dict(attempt.attributes or {})["caravan.provider_request_id"] == f"of-{REDACTED}"
     assert_clean("span", attempt.to_json())
 
 

@@ -131,6 +131,7 @@ def build_engine(
 
 
 def _open_client(process: Process) -> tuple[Wire, ProviderClient]:
+    """Raises SettingsError for a proxy that cannot be used."""
     options = process.options
     wire = wire_for(
         options.provider,
@@ -139,14 +140,17 @@ def _open_client(process: Process) -> tuple[Wire, ProviderClient]:
         ids=random_id,
         default_max_tokens=options.default_max_tokens,
     )
-    client = ProviderClient(
-        options.provider,
-        wire,
-        options.base_url,
-        options.timeouts,
-        process.clock,
-        kept=options.workers,
-    )
+    try:
+        client = ProviderClient(
+            options.provider,
+            wire,
+            options.base_url,
+            options.timeouts,
+            process.clock,
+            kept=options.workers,
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     return wire, client
 
 

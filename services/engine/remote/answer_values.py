@@ -40,6 +40,17 @@ def count(*numbers: int | None) -> int:
     return min(max(sum(number or 0 for number in numbers), 0), _COUNT_MAX)
 
 
+def add_told(counts: msgspec.Struct, told: msgspec.Struct) -> None:
+    """Takes over what a provider has counted up to an event, into a struct of the same type; its fields are numbers or None.
+
+    Such sums only grow: what an event does not tell, or tells as 0 because it knows no better, stays (W13).
+    """
+    for name in told.__struct_fields__:
+        value = getattr(told, name)
+        if value is not None and value > (getattr(counts, name) or 0):
+            setattr(counts, name, value)
+
+
 class Ending:
     """How an answer ends: the first finish reason counts (W13), and without one only the provider's word that it is done."""
 

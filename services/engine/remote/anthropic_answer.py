@@ -8,7 +8,14 @@ from typing import Any, Final
 import msgspec
 from caravan.core.v1 import generation_pb2
 
-from services.engine.remote.answer_values import CallPieces, Ending, count, decoded, no_answer
+from services.engine.remote.answer_values import (
+    CallPieces,
+    Ending,
+    add_told,
+    count,
+    decoded,
+    no_answer,
+)
 from services.engine.remote.anthropic_errors import error_of_event
 from services.engine.remote.provider import Provider
 from services.engine.remote.wire import Outcome, Piece
@@ -135,15 +142,11 @@ class AnthropicReader:
         return self._ending.outcome(self.usage_so_far(), called=len(self._calls) > 0)
 
     def _count(self, given: _Usage | None) -> None:
-        """A sum takes the place of the one before; what an event does not tell stays."""
         if given is None:
             return
         if self._usage is None:
             self._usage = _Usage()
-        for name in _Usage.__struct_fields__:
-            value = getattr(given, name)
-            if value is not None:
-                setattr(self._usage, name, value)
+        add_told(self._usage, given)
 
     def _finish(self, reason: str | None, stop_text: str | None) -> None:
         if reason:

@@ -14,7 +14,7 @@ from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.provider import Provider
 
 _MESSAGE_CHARACTERS_MAX: Final = 500
-_CALL_ID_CHARACTERS_MAX: Final = 128
+_REQUEST_ID_CHARACTERS_MAX: Final = 128
 _RETRY_AFTER_MAX_S: Final = 86_400.0
 _BY_STATUS: Final[Mapping[int, Failure]] = {
     401: Failure.UNAUTHORIZED,
@@ -115,10 +115,10 @@ def text_at(document: Any, *path: str) -> str:
     return document if isinstance(document, str) else ""
 
 
-def call_id(headers: Mapping[str, str]) -> str:
-    """The provider's name of a call, which its support asks for; "" where it tells none that could be shown."""
+def provider_request_id(headers: Mapping[str, str]) -> str:
+    """The provider's own id of a request, which its support asks for; "" where it tells none that could be shown."""
     told = headers.get("x-request-id") or headers.get("request-id") or ""
-    return told[:_CALL_ID_CHARACTERS_MAX] if told.isprintable() else ""
+    return told[:_REQUEST_ID_CHARACTERS_MAX] if told.isprintable() else ""
 
 
 def retry_after_s(headers: Mapping[str, str], wall: float) -> float | None:

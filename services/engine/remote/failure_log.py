@@ -35,6 +35,7 @@ class FailureLog:
         untold = self._untold.pop(kind, 0)
         # A provider's text must not look like lines of ours, nor command a terminal.
         text = "".join(one if one.isprintable() else " " for one in error.message)
-        asked = f" (its id of the call: {error.call_id})" if error.call_id else ""
+        its_id = error.provider_request_id
+        named = f" (its id of the request: {its_id})" if its_id else ""
         more = f" ({untold} more of the kind since it was told last)" if untold else ""
-        return f"a call failed: {kind.value.lower()}: {text}{asked}{more}"
+        return f"a call failed: {kind.value.lower()}: {text}{named}{more}"

@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 from caravan.core.v1 import generation_pb2
 
-from services.engine.remote.answer_values import CallPieces, Ending, count, decoded
+from services.engine.remote.answer_values import CallPieces, Ending, add_told, count, decoded
 from services.engine.remote.gemini_errors import blocked_prompt, error_of_event
 from services.engine.remote.provider import Provider
 from services.engine.remote.wire import Outcome, Piece
@@ -96,7 +96,7 @@ _RESPONSES: Final = msgspec.json.Decoder(_Response | list[_Response])
 
 
 class GeminiReader:
-    """Reads one answer. Usage comes as a sum with each response: the last one counts (W13)."""
+    """Reads one answer. Usage comes as a sum with each response (W13)."""
 
     def __init__(self, redact: Callable[[str], str], ids: IdSource) -> None:
         self._redact = redact
@@ -143,7 +143,9 @@ class GeminiReader:
         if feedback is not None and feedback.block_reason:
             raise blocked_prompt(feedback.block_reason, self._redact)
         if response.usage_metadata is not None:
-            self._usage = response.usage_metadata
+            if self._usage is None:
+                self._usage = _Usage()
+            add_told(self._usage, response.usage_metadata)
         for candidate in response.candidates or ():
             if not candidate.index:  # There is one; others were not asked for.
                 self._add_candidate(candidate, piece)

@@ -16,7 +16,7 @@ import h11
 
 from services.engine.remote.answer_stream import AnswerStream
 from services.engine.remote.connections import Connections
-from services.engine.remote.explanation import call_id
+from services.engine.remote.explanation import provider_request_id
 from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.http1 import Connection, Head
 from services.engine.remote.phases import Phase, PhaseTimer, Timeouts
@@ -85,7 +85,7 @@ class ProviderClient:
                     raise await self._refused(head, content)
                 yield AnswerStream(head.headers, content, self._provider)
             except ProviderError as error:
-                error.call_id = call_id(head.headers)
+                error.provider_request_id = provider_request_id(head.headers)
                 raise
             await content.drain()
         finally:

@@ -19,6 +19,7 @@ HELD_BYTES_MAX: Final = 64 * 1024
 """What is held of one connection; then nothing more is taken from the kernel, and its sender comes to a halt."""
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 """What ends a body of HTTP/1.1 that has no length. Bytes of an answer that look like it are handed over early, which harms nothing."""
+_EARLY_S: Final = 0.001
 _OTHER_ADDRESS_S: Final = 1.0
 """After this time the next address of the same name is tried: often one kind of them leads nowhere. asyncio's own way, two at once,
 leaves sockets open when it is cancelled."""
@@ -51,17 +52,17 @@ class Stream(asyncio.Protocol):
         if self._is_stopped:
             self._is_stopped = False
             self._open().resume_reading()
-        if self._gather_s:
-            self._due = self._loop.time() + self._gather_s
+        self._due = self._next_beat()
         return taken
 
     def gather(self, seconds: float) -> None:
-        """From now on a read ends not earlier than so long after this call or the read before it; 0: as soon as there is something.
+        """From now on reads end at beats so far apart, the same for all connections: everybody on the way wakes up once for all of
+        them. 0: as soon as there is something.
 
         The end of the connection or of a body, and HELD_BYTES_MAX bytes, do not wait.
         """
         self._gather_s = seconds
-        self._due = self._loop.time() + seconds if seconds else 0.0
+        self._due = self._next_beat()
 
     async def write(self, data: bytes) -> None:
         """Sends bytes, and waits while too many have not left."""
@@ -129,6 +130,13 @@ class Stream(asyncio.Protocol):
     def _open(self) -> asyncio.Transport:
         assert self._transport is not None
         return self._transport
+
+    def _next_beat(self) -> float:
+        interval_s = self._gather_s
+        if not interval_s:
+            return 0.0
+        # A timer may ring a little early: this beat is over then.
+        return interval_s * (1 + (self._loop.time() + _EARLY_S) // interval_s)
 
     def _is_ready(self) -> bool:
         """Whether a read may end."""

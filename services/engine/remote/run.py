@@ -150,15 +150,16 @@ class Run:
             label = failure.value.lower()
             if failure is Failure.RATE_LIMITED:
                 rate.throttled(error.retry_after_s)
-            if error.call_id:
-                span.set(caravan__provider_call_id=endpoint.redactor.clean(error.call_id))
+            if its_id := error.provider_request_id:
+                span.set(caravan__provider_request_id=endpoint.redactor.clean(its_id))
             raise
         else:
             return outcome
         finally:
             if label is not CANCELLED:
                 permit.end(failure, endpoint.clock.monotonic())
-            rate.settle(self._used(reader, failure, is_whole=label is SUCCEEDED))
+            if self._was_called:  # Else it is withdrawn.
+                rate.settle(self._used(reader, failure, is_whole=label is SUCCEEDED))
             span.end(None if label is SUCCEEDED else label)
             endpoint.metrics.attempts.labels(label).inc()
 
@@ -167,13 +168,17 @@ class Run:
     ) -> Outcome:
         """The call, within the time of the caller and the longest time of all attempts."""
         began = self._endpoint.clock.monotonic()
-        limit = asyncio.timeout(self._remaining_s())
-        try:
-            async with limit:
-                return await self._answer(reader, credential, permit)
-        except TimeoutError:
-            if not limit.expired():
-                raise
+        remaining_s = self._remaining_s()
+        if (
+            remaining_s != 0
+        ):  # Else the request could still be sent, over a connection that is open.
+            limit = asyncio.timeout(remaining_s)
+            try:
+                async with limit:
+                    return await self._answer(reader, credential, permit)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
         if self._work.deadline <= self._ends_at:
             raise deadline_exceeded()
         elapsed_ms = round((self._endpoint.clock.monotonic() - began) * 1000)

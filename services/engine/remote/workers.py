@@ -40,11 +40,6 @@ class WorkerPool:
         return len(self._busy)
 
     @property
-    def idle_count(self) -> int:
-        """Workers that can be taken, as of the last look."""
-        return len(self._idle)
-
-    @property
     def replaced(self) -> int:
         """Crashes so far."""
         return self._replaced

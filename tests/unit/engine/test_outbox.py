@@ -40,6 +40,46 @@ async def test_a_reader_that_waits_is_woken() -> None:
     assert (update.token_ids, update.text) == ([1, 2], ["a", "b"])
 
 
+async def test_deltas_that_gather_are_told_together() -> None:
+    """The first at once, the others so long after each other; whatever else is to be told takes them along."""
+    outbox = Outbox()
+    outbox.gather(0.05)
+    loop = asyncio.get_running_loop()
+    outbox.add(0, "0")
+    assert (await outbox.take()).token_ids == [0]
+    began = loop.time()
+    taking = asyncio.ensure_future(outbox.take())
+    for token in range(1, 4):
+        outbox.add(token, str(token))
+        await asyncio.sleep(0.001)
+    assert not taking.done()
+    assert (await taking).token_ids == [1, 2, 3]
+    assert loop.time() - began >= 0.045
+    outbox.gather(600)
+    outbox.add(4, "4")
+    await outbox.take()
+    outbox.add(5, "5")
+    outbox.end(ENDING)
+    last = await asyncio.wait_for(outbox.take(), 10)
+    assert (last.token_ids, last.ending) == ([5], ENDING)
+
+
+async def test_a_delta_that_gathers_is_no_silence() -> None:
+    """Progress is told of requests about which there is nothing else to tell."""
+    outbox = Outbox()
+    outbox.gather(600)
+    outbox.add(0, "0")
+    await outbox.take()
+    outbox.alive(1)
+    outbox.add(1, "1")
+    outbox.alive(1)
+    taking = asyncio.ensure_future(outbox.take())
+    await asyncio.sleep(0)
+    assert not taking.done()
+    outbox.alive(1)
+    assert (await taking).token_ids == [1]
+
+
 async def test_calls_posted_while_the_loop_is_busy_cost_one_wake_up() -> None:
     """Order is kept, and the loop is woken once for all of them."""
 

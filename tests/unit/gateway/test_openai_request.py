@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ def _chat(**fields: Any) -> InferenceRequest:
 
 def _completion(**fields: Any) -> InferenceRequest:
     return parse_completion(json.dumps({"model": "demo", "prompt": "hi", **fields}).encode())
+
+
+@pytest.mark.parametrize("build", [_chat, _completion])
+def test_what_is_not_streamed_is_read_as_a_whole(build: Callable[..., InferenceRequest]) -> None:
+    """Engines may tell it in few pieces then."""
+    assert build().generate.whole
+    assert build(stream=False).generate.whole
+    assert not build(stream=True).generate.whole
 
 
 def test_everything_at_once() -> None:

@@ -173,6 +173,9 @@ def test_usage_comes_as_a_sum() -> None:
     assert reader.usage_so_far() == generation_pb2.Usage(prompt_tokens=10, completion_tokens=5)
     read_all(reader, [ending(None, input_tokens=11, output_tokens=6)])
     assert reader.usage_so_far() == generation_pb2.Usage(prompt_tokens=11, completion_tokens=6)
+    # Servers after its model put zeros where they know no better.
+    read_all(reader, [ending("end_turn", input_tokens=0, output_tokens=7)])
+    assert reader.usage_so_far() == generation_pb2.Usage(prompt_tokens=11, completion_tokens=7)
 
 
 @pytest.mark.parametrize(

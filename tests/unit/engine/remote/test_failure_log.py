@@ -19,6 +19,13 @@ def test_a_kind_is_told_once_in_a_while_with_how_many_were_not() -> None:
     assert log.line(away, 2 * QUIET_S).endswith("OpenAI says: away")
 
 
+def test_the_providers_id_of_the_request_is_told() -> None:
+    """Its support asks for it."""
+    away = ProviderError(Failure.SERVER_ERROR, "OpenAI says: away")
+    away.provider_request_id = "req_7"
+    assert FailureLog().line(away, 0.0).endswith("away (its id of the request: req_7)")
+
+
 def test_kinds_do_not_hide_each_other() -> None:
     """Timeouts all the time must not keep a refused credential from being told."""
     log = FailureLog()

@@ -57,6 +57,17 @@ def test_a_chat() -> None:
     )
 
 
+def test_a_count_that_is_not_told_again_stays() -> None:
+    """A response without text need not tell of the tokens before it."""
+    reader = wire_of(GEMINI).reader()
+    events = [
+        response(text("Hello"), usage=counts(10, 2, thoughtsTokenCount=7)),
+        response(reason="STOP", usage={"promptTokenCount": 10}),
+    ]
+    read_all(reader, events)
+    assert reader.outcome().usage == generation_pb2.Usage(prompt_tokens=10, completion_tokens=9)
+
+
 @pytest.mark.parametrize(
     ("said", "meant"),
     [

@@ -28,6 +28,7 @@ def test_defaults() -> None:
     timeouts = options.timeouts
     assert (timeouts.connect_s, timeouts.first_byte_s, timeouts.between_bytes_s) == (5, 60, 30)
     assert options.total_s is None
+    assert options.gather_s == 0.03
     retry = options.retry
     assert (retry.max_retries, retry.initial_backoff_s, retry.max_backoff_s) == (3, 1, 60)
     assert (retry.multiplier, retry.jitter, retry.respect_retry_after) == (2, Jitter.EQUAL, True)
@@ -58,6 +59,7 @@ def test_what_is_told_counts() -> None:
         workers=3,
         queueCapacity=7,
         defaultMaxTokens=100,
+        gather="0s",
     )
     timeouts = options.timeouts
     assert (timeouts.connect_s, timeouts.first_byte_s, timeouts.between_bytes_s) == (
@@ -66,6 +68,7 @@ def test_what_is_told_counts() -> None:
         None,
     )
     assert options.total_s == 9
+    assert options.gather_s == 0
     retry = options.retry
     assert (retry.max_retries, retry.initial_backoff_s, retry.max_backoff_s) == (0, 0.5, 4)
     assert (retry.multiplier, retry.jitter, retry.respect_retry_after) == (3, Jitter.FULL, False)

@@ -134,6 +134,18 @@ async def test_a_call_that_is_given_up_costs_its_prompt(who: str) -> None:
         assert spent.nanousd == spent.prompt_tokens * 2000
 
 
+async def test_an_answer_that_is_cut_off_costs_what_its_text_is_worth() -> None:
+    """A piece may be many tokens: to count pieces alone would charge too little wherever usage comes with the end."""
+    script = Script(text=" ".join(["extraordinarily"] * 10))
+    async with running_remote(script, price={"inputUsd": 0, "outputUsd": 8}) as rig:
+        rig.provider.faults.add(Fault(Kind.CUT, after=4))
+        assert (await rig.refusal()).reason == "PROVIDER_UNREACHABLE"
+        await rig.idle()
+        (spent,) = rig.engine.endpoint.accounts.spend.report()
+        assert 14 <= spent.completion_tokens <= 18  # 4 pieces of about 16 characters.
+        assert spent.nanousd == spent.completion_tokens * 8000
+
+
 async def test_a_trace_has_a_part_for_each_attempt() -> None:
     """One span for the request with what was used, and below it one for each call with what became of it."""
     spans = InMemorySpanExporter()

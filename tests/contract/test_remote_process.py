@@ -32,6 +32,7 @@ from services.dev.provider.script import Script
 from services.dev.provider.server import ScriptedProvider
 from services.engine.remote.redaction import REDACTED
 from services.runtime.channel import open_channel
+from services.runtime.errors import from_rpc_error
 from tests.support.coordinator import Coordinator, running_coordinator, until
 from tests.support.ports import free_port
 from tests.support.processes import log_line, process
@@ -89,6 +90,26 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
                     assert b'caravan_remote_breaker_state{state="closed"} 1.0' in text
                     running.send_signal(signal.SIGTERM)
             assert events[-1].finished.usage.completion_tokens == 50
+        async with asyncio.timeout(20):
+            assert await running.wait() == 0
+
+
+async def test_an_answer_that_does_not_finish_in_time_ends_with_draining() -> None:
+    """CARAVAN_ENGINE_DRAIN_FINISH_S after SIGTERM, long before the grace of the process is over."""
+    told = {"CARAVAN_DRAIN_GRACE_S": "60", "CARAVAN_ENGINE_DRAIN_FINISH_S": "0.2"}
+    async with (
+        ScriptedProvider(Script(tokens=10_000, pace_s=0.05), accepted_keys={KEY}) as provider,
+        engine(provider, **told) as running,
+    ):
+        port = int((await log_line(running, PORT))[1])
+        async with open_channel(f"127.0.0.1:{port}") as channel:
+            events = pb_grpc.EngineServiceStub(channel).Generate(request("a"))
+            await anext(aiter(events))
+            running.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                async for _ in events:
+                    pass
+        assert from_rpc_error(raised.value, service="engine").reason == "DRAINING"
         async with asyncio.timeout(20):
             assert await running.wait() == 0
 

@@ -55,6 +55,8 @@ class Request:
     first_piece: float | None = None
     last_piece: float | None = None
     pieces: int = 0
+    characters: int = 0
+    """Of the text of its answer so far."""
     attempts: int = 0
     usage: generation_pb2.Usage = field(default_factory=generation_pb2.Usage)
     cost_nanousd: int = 0

@@ -17,6 +17,7 @@ from services.engine.remote.breaker import Permit
 from services.engine.remote.credentials import Credential, CredentialError
 from services.engine.remote.dispatcher import deadline_exceeded
 from services.engine.remote.endpoint import Endpoint
+from services.engine.remote.estimate import tokens_of_text
 from services.engine.remote.failure import Failure, ProviderError
 from services.engine.remote.metrics import CANCELLED, SUCCEEDED
 from services.engine.remote.rate_gate import RatePermit
@@ -224,6 +225,7 @@ class Run:
                             answer.gather(self._work.gather_s)
                         request.last_piece = now
                         request.pieces += 1
+                        request.characters += len(piece.text)
                         accounts.pieces += 1
                         outbox.add(piece)
                     if reader.is_complete:
@@ -242,7 +244,9 @@ class Run:
             if is_whole and told is not None:
                 request.usage = told
             else:
-                request.usage = estimated(told, self._work.prompt_tokens, request.pieces)
+                # A piece is a token or more of them; some providers send many together.
+                tokens = max(request.pieces, tokens_of_text(request.characters))
+                request.usage = estimated(told, self._work.prompt_tokens, tokens)
         elif failure in _GIVEN_UP:
             request.usage = estimated(None, self._work.prompt_tokens, 0)
         else:
@@ -269,14 +273,14 @@ _GIVEN_UP = frozenset({None, Failure.TIMEOUT})
 
 
 def estimated(
-    told: generation_pb2.Usage | None, prompt_tokens: int, pieces: int
+    told: generation_pb2.Usage | None, prompt_tokens: int, completion_tokens: int
 ) -> generation_pb2.Usage:
     """The tokens of an answer that was cut off, or whose provider tells none: what was told until then, and guesses for the rest.
 
-    An answer has about as many tokens as pieces, or more; first figures that some providers send do not count what follows.
+    First figures that some providers send do not count what follows.
     """
     usage = generation_pb2.Usage(prompt_tokens=prompt_tokens)
     if told is not None:
         usage.CopyFrom(told)
-    usage.completion_tokens = max(usage.completion_tokens, pieces)
+    usage.completion_tokens = max(usage.completion_tokens, completion_tokens)
     return usage

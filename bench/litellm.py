@@ -123,6 +123,9 @@ def report(found: Mapping[str, Found]) -> Report:
     result.notes.append(
         f"scripted provider; client, provider and both sides on the same cores; CPU: {AT_ONCE} at a time, {TOKENS} tokens"
     )
+    result.notes.append(
+        "both with their defaults: ours gathers deltas for 30 ms, LiteLLM sends each; idle work counts for both"
+    )
     for way in (STREAM, PLAIN):
         rows = tuple(
             (

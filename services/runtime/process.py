@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, TypeVar
@@ -33,6 +34,8 @@ def run_process(
         settings = load(settings_class, environ)
         before(settings)
         logs.configure(name, settings.log_level)
+        # What was imported stays until the end: collections of garbage need not look at it, again and again.
+        gc.freeze()
         return asyncio.run(serve(settings))
     except (SettingsError, PortTakenError) as error:
         print(f"caravan {name}: {error}", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Calls to a provider over HTTP/1.1 (S3.17, W28): kept connections, and no failure but ProviderError.
 
-Not over HTTP/2: httpcore does not reset the stream of a call that is given up. The provider would go on computing what nobody reads and
-somebody pays, its bytes would fill the window that all streams of the connection share, and after as many as the provider allows at a
-time no call could be made at all. Over HTTP/1.1 the connection is closed, and the provider sees it.
+On our own connections and h11, not with a client library: only so are bytes gathered where they come in, and a library's pool, locks and
+layers were half of what a call cost. Not over HTTP/2: a call that is given up must end at the provider too, or it goes on computing what
+nobody reads and somebody pays; over HTTP/1.1 its connection is closed, which no server can miss.
 """
 
 from __future__ import annotations

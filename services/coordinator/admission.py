@@ -212,7 +212,7 @@ class Admission(Grants):
         if not len(model.ahead):
             return
         ready = [engine for engine in model.engines.values() if engine.is_ready]
-        for request_id in model.ahead.keys():
+        for request_id in model.ahead.everybody():
             want = self.waiting.of_request(request_id)
             assert want is not None  # It waits for as long as it is in the line.
             lives = lives_to_return_to(want, ready, now, self._limits.return_s)

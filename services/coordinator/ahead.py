@@ -45,7 +45,7 @@ class AheadLine:
         line = self._lines.get(avoid, {}) | {key: arrival}
         self._lines[avoid] = dict(sorted(line.items(), key=lambda item: item[1]))
 
-    def keys(self) -> tuple[str, ...]:
+    def everybody(self) -> tuple[str, ...]:
         """All keys, in no order."""
         return tuple(self._places)
 

@@ -94,12 +94,14 @@ async def test_what_ends_within_a_block_is_found_by_a_prompt_that_goes_on_past_i
 ) -> None:
     longer = [*PROMPT[:1_000], *prompt_of(3, 600)]
     alike = [*PROMPT[:788], *prompt_of(3, 600)]
-    async with running_cache() as service:
-        async with running_engine(service.address, disk(tmp_path), ram_quota_bytes=NO_RAM) as one:
-            await one.save(BLOCKS)
-            assert covered(await one.find(longer)) == 1_000
-            # A block is not loaded for the few tokens with which all prompts begin.
-            assert covered(await one.find(alike)) == 768
+    async with (
+        running_cache() as service,
+        running_engine(service.address, disk(tmp_path), ram_quota_bytes=NO_RAM) as one,
+    ):
+        await one.save(BLOCKS)
+        assert covered(await one.find(longer)) == 1_000
+        # A block is not loaded for the few tokens with which all prompts begin.
+        assert covered(await one.find(alike)) == 768
     async with running_engine("") as alone:
         await alone.save(BLOCKS)
         assert covered(await alone.find(longer)) == 1_000

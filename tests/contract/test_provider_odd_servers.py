@@ -129,7 +129,7 @@ async def test_a_certificate_that_nobody_trusts(tls: ssl.SSLContext) -> None:
     async with saying(plain("200 OK", WHOLE), tls=tls) as server, caller(server.url) as it:
         error = await it.failure()
         assert error.failure is Failure.NETWORK
-        assert "certificate" in error.message
+        assert "certificate" in error.detail
         assert server.requests == 0
 
 

@@ -56,7 +56,7 @@ async def test_a_proxy_that_refuses(environment: pytest.MonkeyPatch) -> None:
         async with caller("https://api.example.invalid/v1") as it:
             error = await it.failure()
         assert error.failure is Failure.NETWORK
-        assert "407" in error.message
+        assert "407" in error.detail
         assert through.asked == ["CONNECT api.example.invalid:443 HTTP/1.1"]
 
 

@@ -305,13 +305,15 @@ async def test_what_failed_stands_in_the_log(caplog: pytest.LogCaptureFixture) -
     assert told == ["a call failed: provider_failed: OpenAI says: scripted failure"]
 
 
-async def test_a_provider_that_is_not_there() -> None:
-    """Nobody listens: an error that can be tried again, after the retries."""
+async def test_a_provider_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody listens: an error that can be tried again, after the retries. Where, is for the operator alone."""
     async with running_remote(baseUrl="http://127.0.0.1:9/v1") as rig:
         error = await rig.refusal()
         assert error.reason == "PROVIDER_UNREACHABLE"
+        assert error.message == "OpenAI cannot be reached."
         assert rig.sample("caravan_remote_retries_total") == 3
         await rig.idle()
+    assert "cannot be reached. ([Errno 111]" in caplog.text
 
 
 async def test_the_time_of_all_attempts_bounds_retries() -> None:

@@ -151,4 +151,4 @@ async def test_a_storm_leaves_nothing_behind(seed: int, monkeypatch: pytest.Monk
         assert (await rig.run()).reason == "STOP"
         await rig.idle()
         (spent,) = rig.engine.endpoint.accounts.spend.report()
-        assert spent.requests == len(admitted) > 50
+        assert spent.requests == len(admitted) > 20

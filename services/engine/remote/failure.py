@@ -37,7 +37,8 @@ class ProviderError(Exception):
     """A call that failed. `message` is for the caller and holds no credential.
 
     `retry_after_s` is what the provider asked for, in seconds, or None. `metadata` is what the error table documents for the
-    reason, beside `provider`. `provider_request_id` is the provider's own one, for its support; "" where it told none.
+    reason, beside `provider`. `provider_request_id` is the provider's own one, for its support; "" where it told none. `detail` is for
+    the log alone: addresses of ours are no business of callers.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class ProviderError(Exception):
         self.retry_after_s = retry_after_s
         self.metadata = metadata
         self.provider_request_id = ""
+        self.detail = ""
 
     def to_error(self, provider: str, model: str) -> CaravanError:
         """The error that the caller gets. `model` is the provider's name of it, for the operator who has to correct it."""

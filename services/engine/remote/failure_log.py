@@ -34,7 +34,8 @@ class FailureLog:
         self._told_at[kind] = now
         untold = self._untold.pop(kind, 0)
         # A provider's text must not look like lines of ours, nor command a terminal.
-        text = "".join(one if one.isprintable() else " " for one in error.message)
+        told = f"{error.message} ({error.detail})" if error.detail else error.message
+        text = "".join(one if one.isprintable() else " " for one in told)
         its_id = error.provider_request_id
         named = f" (its id of the request: {its_id})" if its_id else ""
         more = f" ({untold} more of the kind since it was told last)" if untold else ""

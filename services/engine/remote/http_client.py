@@ -106,7 +106,7 @@ class ProviderClient:
             async with timer:
                 return await self._connections.take()
         except (OSError, h11.ProtocolError) as error:
-            raise self._unreachable(f"cannot be reached: {error}.") from None
+            raise self._unreachable("cannot be reached.", str(error)) from None
 
     async def _asked(
         self,
@@ -126,8 +126,10 @@ class ProviderClient:
         except (OSError, h11.ProtocolError):
             raise self._unreachable("closed the connection without an answer.") from None
 
-    def _unreachable(self, what: str) -> ProviderError:
-        return ProviderError(Failure.NETWORK, f"{self._provider.title} {what}")
+    def _unreachable(self, what: str, detail: str = "") -> ProviderError:
+        error = ProviderError(Failure.NETWORK, f"{self._provider.title} {what}")
+        error.detail = detail
+        return error
 
     async def _refused(self, head: Head, content: ResponseBytes) -> ProviderError:
         """What the provider says instead of an answer. The status counts even where its explanation does not come."""

@@ -112,6 +112,7 @@ class Run:
         endpoint = self._endpoint
         clock = endpoint.clock
         self._begin()
+        self._check_time()
         # Whom the breaker would refuse need not wait for, or use up, what the limit allows.
         endpoint.breaker.acquire(clock.monotonic()).abandon(clock.monotonic())
         rate = await endpoint.gate.enter(self._work.tokens, self._remaining_s(), endpoint.patience)
@@ -168,26 +169,31 @@ class Run:
         self, reader: AnswerReader, credential: Credential, permit: Permit
     ) -> Outcome:
         """The call, within the time of the caller and the longest time of all attempts."""
+        # It may have waited for the limit; and over a connection that is open it could still be sent.
+        self._check_time()
         began = self._endpoint.clock.monotonic()
-        remaining_s = self._remaining_s()
-        if (
-            remaining_s != 0
-        ):  # Else the request could still be sent, over a connection that is open.
-            limit = asyncio.timeout(remaining_s)
-            try:
-                async with limit:
-                    return await self._answer(reader, credential, permit)
-            except TimeoutError:
-                if not limit.expired():
-                    raise
+        limit = asyncio.timeout(self._remaining_s())
+        try:
+            async with limit:
+                return await self._answer(reader, credential, permit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        raise self._too_late(self._endpoint.clock.monotonic() - began)
+
+    def _check_time(self) -> None:
+        if self._remaining_s() == 0:
+            raise self._too_late(0.0)
+
+    def _too_late(self, took_s: float) -> CaravanError | ProviderError:
+        """The time of the caller is over, or that of all attempts."""
         if self._work.deadline <= self._ends_at:
-            raise deadline_exceeded()
-        elapsed_ms = round((self._endpoint.clock.monotonic() - began) * 1000)
-        raise ProviderError(
+            return deadline_exceeded()
+        return ProviderError(
             Failure.TIMEOUT,
             "The provider did not finish its answer in time.",
             waited_for="total",
-            elapsed_ms=str(elapsed_ms),
+            elapsed_ms=str(round(took_s * 1000)),
         )
 
     async def _answer(

@@ -31,7 +31,9 @@ def join(state: CoordinatorState, name: str, sequences: int = 2) -> int:
 def lose(state: CoordinatorState, *engines: str, request_id: str = "lost") -> None:
     """A request that lost these engines at 0 s waits."""
     avoid = frozenset(f"{name}-life" for name in engines)
-    want = Want(request_id, "gateway", "demo", f"l-{request_id}", 0.0, 30, avoid=avoid, resumed=True)
+    want = Want(
+        request_id, "gateway", "demo", f"l-{request_id}", 0.0, 30, avoid=avoid, resumed=True
+    )
     assert state.route(want) is None
 
 

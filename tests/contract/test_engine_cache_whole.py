@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from caravan.engine.v1 import engine_service_pb2 as pb
 
+from services.engine.engine import Engine
+from services.engine.job import Job
 from tests.support.cache import running_cache
 from tests.support.engine import Answer, EngineClient, running_engine
 from tests.support.tiny_models import Kind, write_model
@@ -241,13 +243,28 @@ async def test_a_resident_is_gone_on_from_once_and_only_as_it_is(
         assert hits == ["COLD", "RESIDENT", "COLD"]
 
 
+def submit_together(engine: Engine, requests: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode thread gets none of the next requests before all of them are prepared."""
+    submit, held = engine._decoder.submit, list[Job]()
+
+    def hold(job: Job) -> None:
+        held.append(job)
+        if len(held) == requests:
+            monkeypatch.setattr(engine._decoder, "submit", submit)
+            for each in held:
+                submit(each)
+
+    monkeypatch.setattr(engine._decoder, "submit", hold)
+
+
 async def test_many_with_one_prompt_at_once_compute_it_once(
-    kind: Kind, model: Callable[[Kind], str]
+    kind: Kind, model: Callable[[Kind], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others wait, and go on from a copy of exactly its length; so do those who part from it, from a boundary on."""
     async with running_engine(model(kind), **SMALL, KV_RAM_BYTES="0") as client:
         prompt = prompt_of(70, 600)
         prompts = [prompt] * 5 + [[*prompt[:550], *prompt_of(seed, 40)] for seed in (71, 72)]
+        submit_together(client.engine, len(prompts), monkeypatch)
         answers = await asyncio.gather(*(client.run(asked(client, one)) for one in prompts))
         assert sorted(answer.cached for answer in answers) == [0, 512, 512, 599, 599, 599, 599]
         assert client.metric("caravan_prompt_tokens_total") == 600 + 4 + 2 * 78

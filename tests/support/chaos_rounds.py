@@ -12,6 +12,7 @@ from typing import Any, Final
 from tests.support.chaos_clients import Question, Said, plain, streamed, typed
 from tests.support.chaos_stack import Chaos
 from tests.support.stack import DEMO
+from tests.support.waiting import wait_for
 
 MODEL: Final = "demo"
 ENGINES: Final = ("demo-0", "demo-1")
@@ -87,7 +88,7 @@ class Rounds:
         return self.answers[key]
 
     def run(self, clients: int, *, deaths: int = 1, engines_left: bool = True) -> None:
-        """Clients ask at once; each time the first has had a random part of its answer, its engine is killed, `deaths` times.
+        """While all clients are being served, each time the first has had a random part of its answer its engine is killed, `deaths` times.
 
         With `engines_left` false all engines are killed, so that the answer of one client goes on when one has come back.
         """
@@ -106,10 +107,13 @@ class Rounds:
                 at.pop(0)
                 self._kill(engines_left=engines_left)
 
+        before = self._requests()
         with ThreadPoolExecutor(clients) as pool:
-            first = pool.submit(asking[0].ask, self.chaos, kill)
             others = [pool.submit(client.ask, self.chaos, _nothing) for client in asking[1:]]
+            self._wait_until_known(others, before)
+            first = pool.submit(asking[0].ask, self.chaos, kill)
             if asking[0].api == "plain":
+                self._wait_until_known([*others, first], before)
                 self._watch(first, kill)
             said = [future.result() for future in (first, *others)]
         for client, told, wanted in zip(asking, said, expected, strict=True):
@@ -119,6 +123,19 @@ class Rounds:
 
     def _api(self) -> str:
         return self.random.choice(APIS)
+
+    def _requests(self) -> set[str]:
+        return {request.request_id for request in self.chaos.inflight()}
+
+    def _wait_until_known(self, answers: list[Future[Said]], before: set[str]) -> None:
+        """Who comes when both engines have just died is refused, and rightly; so nothing dies before all have come."""
+        came = set[str]()
+
+        def all_have_come() -> bool:
+            came.update(self._requests() - before)
+            return len(came) >= len(answers) or all(answer.done() for answer in answers)
+
+        wait_for(all_have_come, f"{len(answers)} requests are known")
 
     def _watch(self, answer: Future[Said], seen: Callable[[int], None]) -> None:
         """The client sees nothing before the end, so what its engine says counts."""

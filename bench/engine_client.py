@@ -14,6 +14,7 @@ from caravan.engine.v1 import engine_service_pb2, engine_service_pb2_grpc
 from caravan.inference.v1 import inference_service_pb2, inference_service_pb2_grpc
 
 from bench.sse_client import Answer
+from services.runtime.generate_events import each
 
 
 def chat(prompt: str) -> chat_pb2.ChatPrompt:
@@ -84,7 +85,7 @@ class EngineClient:
         request = engine_service_pb2.GenerateRequest(
             request_id=request_id, chat=chat(prompt), stop=stop_after(tokens)
         )
-        return await _read(self._stub.Generate(request))
+        return await _read(each(self._stub.Generate(request)))
 
     async def complete(self, request_id: str, prompt: Sequence[int], tokens: int) -> TokenAnswer:
         """Continues tokens, greedily, with exactly `tokens` more."""
@@ -94,7 +95,7 @@ class EngineClient:
             sampling=GREEDY,
             stop=stop_after(tokens),
         )
-        return await _read(self._stub.Generate(request))
+        return await _read(each(self._stub.Generate(request)))
 
     async def state(self) -> EngineState:
         """What the engine has at this moment: two questions, asked at once."""

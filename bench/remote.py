@@ -26,6 +26,7 @@ from bench.provider_process import MODEL, WORKERS, Provider, provider, stack_bef
 from bench.report import Report, Table, arguments, ceiling, finish, floor, progress
 from bench.sse_client import Answer
 from services.runtime.channel import open_channel
+from services.runtime.generate_events import in_order
 
 DIRECT, ENGINE, REST = "provider directly", "remote engine, gRPC", "whole stack, REST"
 ADDED_MS = 3.0
@@ -79,10 +80,9 @@ async def carry(
             request_id=f"bench-{time.perf_counter_ns()}-{number}", chat=chat(f"stream {number}")
         )
         pieces = messages = 0
-        async for event in stub.Generate(request):
-            if event.HasField("delta"):
-                pieces += event.delta.pieces
-                messages += 1
+        async for message in stub.Generate(request):
+            messages += 1
+            pieces += sum(event.delta.pieces for event in in_order(message))
         return pieces, messages
 
     cpu_s, started = tree_cpu_s(pid), time.perf_counter()

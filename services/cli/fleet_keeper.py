@@ -51,6 +51,8 @@ class FleetKeeper:
         """The deployments; None until the coordinator has told them."""
         self.talks = False
         """Whether starts and ends are told; the first ones are not news."""
+        self.rests = False
+        """Whether the last `reconcile` found nothing to start, to end or to wait for."""
 
     @property
     def planned(self) -> tuple[ProcessPlan, ...]:
@@ -70,12 +72,13 @@ class FleetKeeper:
             self.reconcile()
 
     def reconcile(self) -> None:
-        """Brings the engines closer to what is wanted; to be called from time to time, since processes end by themselves."""
+        """Brings the engines closer to what is wanted; to be called when processes have ended, and from time to time until it `rests`."""
         self._forget_ended()
         if self.wanted is None:
             return
         running = [engine.running for engine in self._engines.values()]
         orders = self._fleet.orders(self.wanted, running, self._clock.monotonic())
+        self.rests = not (orders.start or orders.end or orders.let_go)
         for name in self._engines:
             self._supervisor.keep(name, needed=name not in orders.let_go)
         for name in orders.end:

@@ -40,8 +40,10 @@ class Probes:
         return self._channels[planned.address]
 
     async def close(self) -> None:
-        """Closes the channels."""
-        await asyncio.gather(*(channel.close() for channel in self._channels.values()))
+        """Closes the channels; the next look opens them again. Open ones are kept alive by pings, which wake both ends."""
+        channels = list(self._channels.values())
+        self._channels.clear()
+        await asyncio.gather(*(channel.close() for channel in channels))
 
     async def engine(self, planned: ProcessPlan) -> EngineView:
         """The state of an engine; STARTING where it does not answer."""

@@ -10,6 +10,10 @@ from typing import Final
 from services.cli.fleet import Wanted
 from services.cli.plan import ProcessPlan
 
+_START_POLL_S: Final = 0.2
+_CHANGE_POLL_S: Final = 2.0
+REST_POLL_S: Final = 60.0
+"""What rests changes by the death of a process or by what the coordinator tells, and either asks for a look at once."""
 TRIES_MAX: Final = 5
 """Deaths in a row before the first READY after which a process counts as unable to start."""
 
@@ -81,6 +85,17 @@ def judge(
     if some_ready and not waiting and not seen.door_open:
         waiting.append("the gateway")
     return Verdict(ready, failed, tuple(waiting))
+
+
+def look_again_s(verdict: Verdict, seen: Seen, *, announced: bool, fleet_rests: bool) -> float:
+    """Seconds until the probes look again, if nothing happens before; REST_POLL_S when nothing is under way.
+
+    `announced` is whether everything was ready once, `fleet_rests` whether the engines that run are those that are wanted.
+    """
+    if verdict.waiting or not announced:
+        return _START_POLL_S
+    settled = all(view.phase in {Phase.READY, Phase.FAILED} for view in seen.engines.values())
+    return REST_POLL_S if settled and fleet_rests else _CHANGE_POLL_S
 
 
 def status_line(engines: Collection[ProcessPlan], seen: Seen, step: float = 0.01) -> str:

@@ -57,6 +57,8 @@ class Supervisor:
         """How often each process ended unasked, in a row."""
         self.codes: dict[str, int] = {}
         """Exit code of each process that ended unasked and has not been started again."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called after each start and end of a process, and when one is forgotten."""
 
     def start(self) -> None:
         """Starts the plan; returns at once."""
@@ -93,6 +95,7 @@ class Supervisor:
             del self._kept[name]
             self.deaths.pop(name, None)
             self.codes.pop(name, None)
+            self.on_change()
 
     def log_of(self, name: str) -> Path:
         """The log file of a process."""
@@ -131,11 +134,13 @@ class Supervisor:
         self._children[planned.name] = child
         self.codes.pop(planned.name, None)
         self._tell(lambda: self._endpoints.started(planned, child.pid))
+        self.on_change()
         try:
             code = await child.wait()
         finally:
             del self._children[planned.name]
             self._tell(lambda: self._endpoints.ended(planned))
+            self.on_change()
         if not self._stopping:
             self.codes[planned.name] = code
         return describe_exit(code)

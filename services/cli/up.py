@@ -9,17 +9,28 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Final
 
 from services.cli import ports, probes, state_dir
 from services.cli.deployment_watch import watch_deployments
 from services.cli.display import Display, ready_text
+from services.cli.fleet import Wanted
 from services.cli.fleet_keeper import FleetKeeper
 from services.cli.log_files import last_lines
 from services.cli.plan import OWNER_KEY, EnginePlanner, Plan, ProcessPlan, UpOptions
 from services.cli.prepare import FAILED, OK, WRONG_USE, StartError, installation, prepare
-from services.cli.progress import TRIES_MAX, EngineView, Phase, Seen, Verdict, judge, status_line
+from services.cli.progress import (
+    REST_POLL_S,
+    TRIES_MAX,
+    EngineView,
+    Phase,
+    Seen,
+    Verdict,
+    judge,
+    look_again_s,
+    status_line,
+)
 from services.cli.settings import UpSettings
 from services.cli.supervisor import Supervisor
 from services.runtime import lifeline
@@ -27,8 +38,6 @@ from services.runtime.clock import Clock, random_fraction, random_id
 from services.runtime.process import REFUSED
 from services.runtime.server import cancel_all
 
-_POLL_S: Final = 0.2
-_IDLE_POLL_S: Final = 2.0
 _FILES_MAX: Final = 65_536
 _LOG_LINES_MAX: Final = 20
 
@@ -101,6 +110,9 @@ class Up:
             first=[model.name for model in plan.options.models],
         )
         self._probes: probes.Probes | None = None
+        # Something has happened that is worth a look.
+        self._news = asyncio.Event()
+        self._supervisor.on_change = self._news.set
         self._stop_asked = asyncio.Event()
 
     async def run(self) -> int:
@@ -109,8 +121,7 @@ class Up:
         self._probes = probes.Probes(self._plan)
         self._supervisor.start()
         capping = asyncio.create_task(self._supervisor.cap_logs(self._settings.log_bytes_max))
-        (coordinator,) = self._plan.of_kind("coordinator")
-        following = asyncio.create_task(self._fleet.follow(watch_deployments(coordinator.address)))
+        following = asyncio.create_task(self._fleet.follow(self._deployments()))
         watching = asyncio.create_task(self._watch())
         asked = asyncio.create_task(self._stop_asked.wait())
         try:
@@ -151,6 +162,12 @@ class Up:
         self._endpoints.remove()
         self._display.say("Stopped.")
 
+    async def _deployments(self) -> AsyncIterator[tuple[Wanted, ...]]:
+        (coordinator,) = self._plan.of_kind("coordinator")
+        async for wanted in watch_deployments(coordinator.address):
+            self._news.set()
+            yield wanted
+
     async def _watch(self) -> None:
         """Shows the progress until everything is ready, then what happens to engines that were started again."""
         announced = False
@@ -159,6 +176,7 @@ class Up:
         # Those whose first READY is no news: it belongs to the start.
         started: set[str] = set()
         while True:
+            self._news.clear()
             self._fleet.reconcile()
             engines = self._fleet.planned
             seen = await self._look(engines)
@@ -174,7 +192,17 @@ class Up:
                 self._tell_changes(before, seen.engines, once_ready, started)
             before = {name: view.phase for name, view in seen.engines.items()}
             once_ready |= {name for name, phase in before.items() if phase is Phase.READY}
-            await asyncio.sleep(_POLL_S if verdict.waiting or not announced else _IDLE_POLL_S)
+            rests = self._fleet.rests
+            await self._pause(look_again_s(verdict, seen, announced=announced, fleet_rests=rests))
+
+    async def _pause(self, pause_s: float) -> None:
+        """Until there is news, or the time is over."""
+        assert self._probes is not None
+        if pause_s >= REST_POLL_S:
+            await self._probes.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._news.wait()
 
     async def _look(self, engines: Collection[ProcessPlan]) -> Seen:
         assert self._probes is not None

@@ -25,6 +25,8 @@ AFFINITY_MAX = 64
 """Most hashes of a prompt, and most bytes of one."""
 AVOID_MAX = 16
 """Most engines that a request avoids, and most deployments that have failed it."""
+TRACE_MAX = 8
+"""Most entries of the trace context of a route."""
 KEY_BYTES = 32
 REPORTED_REQUESTS_MAX = 1_024
 REPORTED_TENANTS_MAX = 1_024
@@ -77,9 +79,15 @@ def checked_key(param: str, value: bytes) -> bytes:
 
 
 def checked_want(
-    request: pb.RouteRequest, *, lease_id: str, wait_s: float, priority: Priority, now: float
+    request: pb.RouteRequest,
+    gateway_id: str,
+    *,
+    lease_id: str,
+    wait_s: float,
+    priority: Priority,
+    now: float,
 ) -> Want:
-    """What a route asks for; `wait_s` and `priority` are what it gets where it says nothing.
+    """What a route of a gateway asks for; `wait_s` and `priority` are what it gets where it says nothing.
 
     Raises CaravanError: MISSING_FIELD, INVALID_VALUE.
     """
@@ -97,9 +105,11 @@ def checked_want(
         raise _invalid(
             "affinity", f"'affinity' has more than {AFFINITY_MAX} hashes, or one has more bytes."
         )
+    if len(request.trace) > TRACE_MAX:
+        raise _invalid("trace", f"'trace' has more than {TRACE_MAX} entries.")
     return Want(
         checked_id("request_id", request.request_id),
-        checked_id("gateway_id", request.gateway_id),
+        checked_id("gateway_id", gateway_id),
         checked_id("model", request.model),
         lease_id,
         now,
@@ -154,9 +164,16 @@ def checked_held(told: pb.HeldLease, gateway_id: str, now: float) -> Lease:
     )
 
 
-def check_beat(beat: pb.JoinGatewayRequest) -> None:
+def check_join(first: pb.JoinGatewayRequest) -> None:
+    """Checks that the first message of a gateway only joins. Raises CaravanError: INVALID_VALUE."""
+    for param in ("routes", "releases"):
+        if getattr(first, param):
+            raise _invalid(param, f"'{param}' does not belong into the first message.")
+
+
+def check_later(message: pb.JoinGatewayRequest) -> None:
     """Checks a message of a gateway after its first. Raises CaravanError: INVALID_VALUE."""
-    if beat.held:
+    if message.held:
         raise _invalid("held", "'held' belongs into the first message.")
 
 

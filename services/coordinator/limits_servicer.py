@@ -13,15 +13,21 @@ from services.coordinator.sessions import CoordinatorSessions
 from services.coordinator.state import CoordinatorState
 from services.runtime.clock import Clock, IdSource
 from services.runtime.rate_limiter import Quota
+from services.runtime.telemetry import Tracing
 
 
 class CoordinatorLimits(CoordinatorSessions):
     """Grants and ends permits. Neither call suspends, so a permit is granted in full or not at all."""
 
     def __init__(
-        self, state: CoordinatorState, metrics: CoordinatorMetrics, clock: Clock, ids: IdSource
+        self,
+        state: CoordinatorState,
+        metrics: CoordinatorMetrics,
+        tracing: Tracing,
+        clock: Clock,
+        ids: IdSource,
     ) -> None:
-        super().__init__(state, metrics, clock)
+        super().__init__(state, metrics, tracing, clock, ids)
         self._ids = ids
 
     async def AcquireLimit(

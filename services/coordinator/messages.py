@@ -14,6 +14,7 @@ from services.coordinator.leases import Lease
 from services.coordinator.models import ModelRecord
 from services.coordinator.tasks import Priority
 from services.coordinator.waiting import Want
+from services.runtime.errors import CaravanError
 
 _TOLD_PRIORITIES: dict[Priority, scheduling_pb2.Priority.ValueType] = {
     Priority.CRITICAL: scheduling_pb2.PRIORITY_CRITICAL,
@@ -53,6 +54,13 @@ def to_route(grant: Grant) -> pb.RouteResponse:
         idempotent=grant.idempotent,
         priority=_TOLD_PRIORITIES[lease.priority],
     )
+
+
+def to_answer(request_id: str, answer: pb.RouteResponse | CaravanError) -> pb.RouteAnswer:
+    """What became of a route that was asked for on a session, as its gateway sees it."""
+    if isinstance(answer, CaravanError):
+        return pb.RouteAnswer(request_id=request_id, refused=answer.to_status())
+    return pb.RouteAnswer(request_id=request_id, granted=answer)
 
 
 def to_command(command: CancelRequest | DrainEngine | UndrainEngine) -> pb.JoinEngineResponse:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, TypeAlias, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import grpc
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
@@ -19,34 +20,40 @@ from services.coordinator.effects import (
     Effects,
     Ending,
     EngineCommand,
-    Grant,
     TellLimits,
 )
+from services.coordinator.gateway_outbox import GatewayOutbox
 from services.coordinator.limits import SILENT_INTERVALS_MAX
 from services.coordinator.lists import CoordinatorLists
 from services.coordinator.metrics import CoordinatorMetrics
 from services.coordinator.outbox import Outbox
 from services.coordinator.refusals import DRAINING_RETRY_S
+from services.coordinator.routes import Answer, Routes
 from services.coordinator.state import CoordinatorState
-from services.runtime.clock import Clock
+from services.runtime.clock import Clock, IdSource
 from services.runtime.errors import CaravanError
 from services.runtime.server import cancel_all
+from services.runtime.telemetry import Tracing
 
 _LOG = logging.getLogger(__name__)
-_HEARTBEAT: Final = "heartbeat"
 Request = TypeVar("Request")
-Routes: TypeAlias = dict[str, asyncio.Future[Grant | CaravanError]]
-"""The calls that wait for a lease, by request."""
 
 
 class CoordinatorSessions(CoordinatorLists):
     """Streams of engines and gateways. Whatever changes the state gives its effects to `perform`."""
 
-    def __init__(self, state: CoordinatorState, metrics: CoordinatorMetrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        state: CoordinatorState,
+        metrics: CoordinatorMetrics,
+        tracing: Tracing,
+        clock: Clock,
+        ids: IdSource,
+    ) -> None:
         super().__init__(state, clock)
         self._metrics = metrics
-        self._outboxes: dict[int, Outbox[Any]] = {}
-        self._routes: Routes = {}
+        self._routes = Routes(state, metrics, tracing, clock, ids, perform=self.perform)
+        self._outboxes: dict[int, Outbox[EngineCommand] | GatewayOutbox] = {}
 
     async def JoinEngine(
         self,
@@ -65,7 +72,8 @@ class CoordinatorSessions(CoordinatorLists):
             incarnation=registration.incarnation,
             revision=registration.revision,
         )
-        outbox: Outbox[EngineCommand] = self._open(session, effects)
+        outbox = Outbox[EngineCommand]()
+        self._open(session, outbox, effects)
         _LOG.info("engine %s joined as session %d", registration.engine_id, session)
 
         def take(request: pb.JoinEngineRequest) -> None:
@@ -107,10 +115,12 @@ class CoordinatorSessions(CoordinatorLists):
     ) -> AsyncIterator[pb.JoinGatewayResponse]:
         first = await self._first(request_iterator)
         gateway_id = checks.checked_id("gateway_id", first.gateway_id)
+        checks.check_join(first)
         now = self._clock.monotonic()
         held = [checks.checked_held(told, gateway_id, now) for told in first.held]
         session, effects = self._state.join_gateway(gateway_id, now, held)
-        outbox: Outbox[str] = self._open(session, effects)
+        outbox = GatewayOutbox(self._interval())
+        self._open(session, outbox, effects)
         taken = [lease.lease_id for lease in effects.adopted]
         _LOG.info(
             "gateway %s joined as session %d; leases taken: %d of %d",
@@ -120,17 +130,23 @@ class CoordinatorSessions(CoordinatorLists):
             len(held),
         )
 
-        def take(beat: pb.JoinGatewayRequest) -> None:
-            checks.check_beat(beat)
+        def take(message: pb.JoinGatewayRequest) -> None:
+            checks.check_later(message)
             self._state.hear_gateway(session, self._clock.monotonic())
-            # Every heartbeat is answered, so that a gateway notices a coordinator that hangs.
-            outbox.put(_HEARTBEAT)
+            for release in message.releases:
+                self._routes.release(release)
+            for route in message.routes:
+                tell = partial(self._tell, session, route.request_id)
+                self._routes.ask(route, gateway_id, route.trace.items(), tell)
+            if not message.releases and not message.routes:
+                # Every heartbeat is answered, so that a gateway notices a coordinator that hangs.
+                outbox.put_heartbeat()
 
         reader = asyncio.create_task(_read(request_iterator, take, outbox))
         try:
             yield pb.JoinGatewayResponse(heartbeat_interval=self._interval(), taken_lease_ids=taken)
-            async for _ in outbox:
-                yield pb.JoinGatewayResponse(heartbeat_interval=self._interval())
+            async for answer in outbox:
+                yield answer
         finally:
             self._leave(session, gateway_id)
             await cancel_all([reader])
@@ -149,10 +165,19 @@ class CoordinatorSessions(CoordinatorLists):
             raise CaravanError("MISSING_FIELD", "The stream ended before its first message.")
         return first
 
-    def _open(self, session: int, effects: Effects) -> Outbox[Any]:
-        outbox = self._outboxes[session] = Outbox[Any]()
+    def _tell(self, session: int, request_id: str, answer: Answer) -> None:
+        """Answers a route of a gateway's session. Of a session that has ended meanwhile the state has swept what was granted."""
+        outbox = self._outboxes.get(session)
+        if isinstance(outbox, GatewayOutbox):
+            told = messages.to_answer(request_id, answer)
+            if not outbox.put(told):
+                self._end_deaf(session, outbox)
+
+    def _open(
+        self, session: int, outbox: Outbox[EngineCommand] | GatewayOutbox, effects: Effects
+    ) -> None:
+        self._outboxes[session] = outbox
         self.perform(effects)
-        return outbox
 
     def _leave(self, session: int, peer_id: str) -> None:
         self._outboxes.pop(session).close()
@@ -165,6 +190,11 @@ class CoordinatorSessions(CoordinatorLists):
         self._metrics.count_effects(effects)
         for command in effects.commands:
             self._send(command)
+        for grant in effects.grants:
+            self._routes.answer(grant.lease.request_id, grant)
+        for refusal in effects.refusals:
+            self._routes.answer(refusal.request_id, refusal.error)
+        # After the answers, which may be meant for a session that ends.
         for ending in effects.endings:
             level = logging.INFO if ending.why is Ending.DRAINING else logging.WARNING
             _LOG.log(
@@ -177,24 +207,18 @@ class CoordinatorSessions(CoordinatorLists):
             _LOG.warning("engine %s did not end request %s", lease.engine_id, lease.request_id)
         for crossing in effects.crossings:
             _tell_crossing(crossing)
-        for grant in effects.grants:
-            self._answer(grant.lease.request_id, grant)
-        for refusal in effects.refusals:
-            self._answer(refusal.request_id, refusal.error)
 
     def _send(self, command: EngineCommand) -> None:
         outbox = self._outboxes.get(command.session)
         # None where the session ended by an earlier one of these commands.
-        if outbox is not None and not outbox.put(command):
-            _LOG.warning("engine session %d does not read: ended", command.session)
-            outbox.close(CaravanError("SESSION_UNKNOWN", "Too many messages wait for you."))
-            self.perform(self._state.end_session(command.session, self._clock.monotonic()))
+        if isinstance(outbox, Outbox) and not outbox.put(command):
+            self._end_deaf(command.session, outbox)
 
-    def _answer(self, request_id: str, answer: Grant | CaravanError) -> None:
-        future = self._routes.pop(request_id, None)
-        # A call that was cancelled in this moment is about to say so, and gives back what it was granted.
-        if future is not None and not future.done():
-            future.set_result(answer)
+    def _end_deaf(self, session: int, outbox: Outbox[EngineCommand] | GatewayOutbox) -> None:
+        """Ends the session of a peer that does not read what it is sent."""
+        _LOG.warning("session %d does not read: ended", session)
+        outbox.close(CaravanError("SESSION_UNKNOWN", "Too many messages wait for you."))
+        self.perform(self._state.end_session(session, self._clock.monotonic()))
 
     def expire(self) -> None:
         """Ends the sessions of silent peers and refuses who has waited too long; to be called at least once per interval."""
@@ -209,7 +233,9 @@ class CoordinatorSessions(CoordinatorLists):
 
 
 async def _read(
-    requests: AsyncIterator[Request], take: Callable[[Request], None], outbox: Outbox[Any]
+    requests: AsyncIterator[Request],
+    take: Callable[[Request], None],
+    outbox: Outbox[EngineCommand] | GatewayOutbox,
 ) -> None:
     """Takes the messages of a peer until its stream ends; the end, and an error, close the outbox."""
     try:

@@ -20,6 +20,7 @@ from services.engine.outbox import Ending, Update
 from services.engine.preparation import check_request_id, check_salt, check_session_id
 from services.engine.sampling import TokenLogprobs
 from services.runtime.errors import CaravanError
+from services.runtime.generate_events import together
 from services.runtime.telemetry import RequestSpan, Tracing
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -106,22 +107,26 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
         started = False
         while True:
             update = await row.outbox.take()
+            events: list[pb.GenerateResponse] = []
             # A request that is cancelled while it waits is told as started too: one form for every answer.
             if not started and (update.started or update.ending is not None):
                 started = True
                 span.event("started")
-                yield pb.GenerateResponse(started=messages.started(row, update))
+                events.append(pb.GenerateResponse(started=messages.started(row, update)))
             if update.has_delta:
-                yield pb.GenerateResponse(delta=self._delta(update))
+                events.append(pb.GenerateResponse(delta=self._delta(update)))
             elif update.prompt_tokens_done is not None:
                 progress = pb.Progress(prompt_tokens_done=update.prompt_tokens_done)
-                yield pb.GenerateResponse(progress=progress)
+                events.append(pb.GenerateResponse(progress=progress))
+            if update.ending is not None:
+                _describe(span, update.ending)
+                events.append(pb.GenerateResponse(finished=messages.finished(update.ending)))
+            if events:
+                yield together(events)
             if update.error is not None:
                 # After the tokens that came before it: another engine may go on behind them.
                 raise update.error
             if update.ending is not None:
-                _describe(span, update.ending)
-                yield pb.GenerateResponse(finished=messages.finished(update.ending))
                 return
 
     def _delta(self, update: Update) -> pb.Delta:

@@ -25,6 +25,7 @@ from services.gateway.leases import Leases
 from services.gateway.membership import Membership
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openai_servicer import OpenAIServicer
+from services.gateway.releases import Releases
 from services.gateway.session import SessionParts
 from services.gateway.sessions import Sessions
 from services.gateway.settings import GatewaySettings
@@ -66,11 +67,13 @@ class Gateway:
         self.sessions = Sessions(settings.max_requests, tracing)
         self._metrics = GatewayMetrics(registry, lambda: len(self.sessions))
         held = HeldLeases()
+        releases = Releases(self._metrics.count_failed_releases)
         self._membership = Membership(
             stub,
             clock,
             ids,
             held,
+            releases,
             timeout_s=settings.coordinator_timeout_s,
             on_change=self._on_membership,
         )
@@ -80,19 +83,18 @@ class Gateway:
         )
         conversations = Conversations(coordinator, self.engines)
         self.background = Background()
-        self._leases = Leases(
+        leases = Leases(
             coordinator,
             self._membership,
             held,
             self.background,
             clock=clock,
-            metrics=self._metrics,
             patience_s=settings.coordinator_patience_s,
         )
         self._stalls = StallWatch(settings.stall_s)
         self.sessions.equip(
             SessionParts(
-                leases=self._leases,
+                leases=leases,
                 engines=self.engines,
                 stalls=self._stalls,
                 metrics=self._metrics,
@@ -120,7 +122,6 @@ class Gateway:
         port = await self.server.start()
         self._tasks = [
             asyncio.create_task(self._membership.run()),
-            asyncio.create_task(self._leases.run()),
             asyncio.create_task(self._stalls.run()),
             asyncio.create_task(self._close_idle_engines()),
         ]
@@ -134,6 +135,7 @@ class Gateway:
         await self.server.drain_and_stop()
         await self.sessions.finish()
         await self.background.finish(self._settings.coordinator_timeout_s)
+        await self._membership.settle(self._settings.coordinator_timeout_s)
         await cancel_all(self._tasks)
         if self._leaving is not None:
             await cancel_all([self._leaving])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from services.gateway.coordinator import CoordinatorClient, Headers
-from services.gateway.membership import Membership, Session, coordinator_down
-from services.gateway.routes import Lease, Wanted
+from services.gateway.membership import Membership
+from services.gateway.routes import Headers, Lease, Wanted
+from services.gateway.session_stream import Answer, Session, coordinator_down
 from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
 
@@ -21,55 +21,40 @@ _NOT_LEARNED: Final = frozenset({"MODEL_NOT_FOUND", "NO_ENGINE"})
 class Asking:
     """One lease on its way. `patience_s` is the longest time without a coordinator that can answer, in seconds."""
 
-    task: asyncio.Task[Lease]
-
     def __init__(
-        self,
-        wanted: Wanted,
-        coordinator: CoordinatorClient,
-        membership: Membership,
-        clock: Clock,
-        patience_s: float,
+        self, wanted: Wanted, membership: Membership, clock: Clock, patience_s: float
     ) -> None:
         self.wanted = wanted
         self.asked_at = clock.monotonic()
-        self.by_call = False
-        """Whether a call to the coordinator is under way, of which a grant may come."""
-        self._coordinator = coordinator
+        self.left: asyncio.Future[Answer] | None = None
+        """An answer that comes though the asker was cancelled, and may be a grant."""
         self._membership = membership
         self._clock = clock
         self._patience_s = patience_s
-        self._given_up = False
         self._forgotten = 0
         self._troubled_at: float | None = None
         """Since when no coordinator has been able to answer; None: one has, or has not been asked yet."""
 
     async def lease(self, headers: Headers) -> Lease:
-        """The lease, when it is the turn of the request."""
+        """The lease, when it is the turn of the request. Where this is cancelled, see `left`."""
         pause_s = _PAUSE_S
         while True:
             session = await self._membership.session(self._patience_s)
-            self.by_call = True
             began = self._clock.monotonic()
+            asked = session.ask(self.wanted.request(headers))
             try:
-                return await self._coordinator.route(self.wanted, session, headers)
-            except CaravanError as error:
-                self._check(error, session, began)
-            finally:
-                self.by_call = False
+                answer = await asked
+            except asyncio.CancelledError:
+                self.left = session.follow(self.wanted.request_id, asked)
+                raise
+            if not isinstance(answer, CaravanError):
+                return Lease.of(answer)
+            self._check(answer, session, began)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_MOST_S)
 
-    def give_up(self) -> None:
-        """Nobody wants the lease any more; what is under way comes to its end."""
-        self._given_up = True
-        if not self.by_call:
-            self.task.cancel()
-
     def _check(self, error: CaravanError, session: Session, began: float) -> None:
         """Returns where asking again may help. Raises the error, or SERVICE_UNAVAILABLE."""
-        if self._given_up:
-            raise error
         if error.reason == "SESSION_UNKNOWN":
             self._forgotten += 1
             if self._forgotten == _FORGOTTEN_MAX:

@@ -12,12 +12,11 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.engine.v1 import engine_service_pb2_grpc as engine_grpc
 from grpc_status import rpc_status
 
-from services.gateway.coordinator import Headers
 from services.gateway.requests import Api, InferenceRequest
-from services.gateway.routes import Lease
+from services.gateway.routes import Headers, Lease
 from services.runtime.errors import CaravanError, from_rpc_error
 
-_LAST_READ_S: Final = 1.0
+_LAST_WAIT_S: Final = 1.0
 
 
 class EngineCall(Protocol):
@@ -25,6 +24,10 @@ class EngineCall(Protocol):
 
     async def read(self) -> Any:
         """The next engine_pb.GenerateResponse, or grpc.aio.EOF. Raises grpc.aio.AioRpcError."""
+        ...
+
+    async def code(self) -> grpc.StatusCode:
+        """Waits for the end of the call: how it ended."""
         ...
 
     def cancel(self) -> bool:
@@ -47,13 +50,12 @@ def begin(
     return engine.Generate(request.generate, timeout=timeout_s, metadata=headers)
 
 
-async def read_to_end(call: EngineCall) -> None:
+async def wait_for_end(call: EngineCall) -> None:
     """Lets the engine end its call by itself, so that it does not count a finished request as cancelled."""
     # However it ends, even by stalling, the answer is complete.
-    with contextlib.suppress(grpc.aio.AioRpcError, CaravanError, TimeoutError):
-        async with asyncio.timeout(_LAST_READ_S):
-            while await call.read() is not grpc.aio.EOF:
-                pass
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WAIT_S):
+            await call.code()
 
 
 def call_error(error: grpc.aio.AioRpcError, lease: Lease, asked_for: str) -> CaravanError:
@@ -109,6 +111,10 @@ class _OneEvent:
             cache_hit=done.cache_hit,
         )
         return engine_pb.GenerateResponse(finished=finished)
+
+    async def code(self) -> grpc.StatusCode:
+        code: grpc.StatusCode = await self._call.code()
+        return code
 
     def cancel(self) -> bool:
         return bool(self._call.cancel())

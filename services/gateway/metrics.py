@@ -96,7 +96,7 @@ class GatewayMetrics:
         )
         self._releases_failed = Counter(
             "caravan_gateway_releases_failed_total",
-            "Releases of leases that failed and are repeated; what the coordinator has swept needs none.",
+            "Releases of leases that no session has surely told the coordinator, and that the next one tells again.",
             registry=registry,
         )
         self._prompt_tokens = Counter(
@@ -184,9 +184,9 @@ class GatewayMetrics:
         """A deployment got no answer of its provider, for a reason of fallback.REASONS."""
         self._fallbacks.labels(_fallback_label(reason)).inc()
 
-    def count_failed_release(self) -> None:
-        """A lease could not be released now."""
-        self._releases_failed.inc()
+    def count_failed_releases(self, releases: int) -> None:
+        """Leases could not be released in a session with the coordinator."""
+        self._releases_failed.inc(releases)
 
 
 def _fallback_label(reason: FallbackReason) -> str:

@@ -1,9 +1,9 @@
 """What becomes of a request whose engine is lost or refuses it: another lease, or the end. Pure.
 
 Moved are requests whose engine is gone (ENGINE_LOST), silent (ENGINE_STALLED), going (DRAINING), or not ready for one more
-(CAPACITY_EXHAUSTED, MODEL_LOADING). Not moved are DECODE_FAILED, because the engine lives and says that computing this very
-request fails, and it would fail the next one too; INTERNAL, because a defect has effects that nobody knows; and whatever is
-wrong with the request itself.
+(CAPACITY_EXHAUSTED, MODEL_LOADING, and DUPLICATE_REQUEST where the other is its own former attempt). Not moved are DECODE_FAILED,
+because the engine lives and says that computing this very request fails, and it would fail the next one too; INTERNAL, because a
+defect has effects that nobody knows; and whatever is wrong with the request itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ GONE: Final = frozenset({"ENGINE_LOST", "ENGINE_STALLED"})
 """The engine said nothing, so it may have begun, and it is not asked again in this life."""
 _REFUSED: Final = frozenset({"DRAINING", "CAPACITY_EXHAUSTED", "MODEL_LOADING"})
 """The engine's own words; before its first event they mean that it has not begun. It may take the request a moment later."""
-MOVED: Final = GONE | _REFUSED
+_OWN_GHOST: Final = "DUPLICATE_REQUEST"
+"""Of a request that has moved: a life that it left in silence, and came back to, has not noticed yet that it had left."""
+MOVED: Final = GONE | _REFUSED | {_OWN_GHOST}
 
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MOST_S: Final = 2.0
@@ -63,7 +65,9 @@ class Migration:
         """
         if loss.reason not in MOVED or not loss.resumable or self._moves >= self._moves_max:
             return None
-        may_have_begun = loss.began or loss.reason in GONE
+        if loss.reason == _OWN_GHOST and not self.has_moved:
+            return None  # Another request has the id.
+        may_have_begun = loss.began or loss.reason not in _REFUSED
         if may_have_begun and not idempotent:
             return None
         delay_s = self._delay_s(loss.reason, fraction)
@@ -76,7 +80,7 @@ class Migration:
 
     def _delay_s(self, reason: str, fraction: float) -> float:
         """Another engine can take over at once, so the first move does not wait; one that refused needs a moment."""
-        doublings = self._moves if reason in _REFUSED else self._moves - 1
+        doublings = self._moves - 1 if reason in GONE else self._moves
         if doublings < 0:
             return 0.0
         longest: float = min(BACKOFF_MOST_S, BACKOFF_FIRST_S * 2.0 ** min(doublings, 16))

@@ -110,7 +110,7 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
         self, api: Api, parse: Parse, body: bytes, context: Context, response: type[Response]
     ) -> AsyncIterator[Response]:
         request_id = self._ids("req")
-        sent = False
+        sent, unsent = False, b""
         session: RequestSession | None = None
         try:
             request, session = self._open(api, parse, body, context, request_id)
@@ -123,23 +123,24 @@ class OpenAIServicer(pb_grpc.OpenAIServiceServicer):
             stream = openai_stream.open_stream(request, head)
             ended = False
             while not ended:
-                event = await session.next(self._keepalive_s)
-                data, ended = _show(stream, event, session)
-                # A client that reads slowly gets several deltas in one message: fewer writes for the same chunks.
-                while not ended and (delta := session.next_delta()) is not None:
-                    data += stream.delta(delta)
-                if sent and data:
-                    yield response(body=HttpBody(data=data))
-                elif data:
-                    sent = True
+                unsent, ended = _show(stream, await session.next(self._keepalive_s), session)
+                # What is there together goes out in one message: fewer writes for the same chunks.
+                while not ended and (more := session.next_ready()) is not None:
+                    shown, ended = _show(stream, more, session)
+                    unsent += shown
+                if not unsent:
+                    continue
+                body_part = HttpBody(data=unsent)
+                if not sent:
+                    sent, body_part.content_type = True, openai_stream.CONTENT_TYPE
                     await send_head(context, request_id, session.deployment)
-                    first = HttpBody(content_type=openai_stream.CONTENT_TYPE, data=data)
-                    yield response(body=first)
+                unsent = b""
+                yield response(body=body_part)
         except (CaravanError, MemoryError, ValueError) as caught:
             error = _as_shown(caught, api, of_engine=session is not None)
             if sent:
                 # The status is gone; an event is all that a REST client can see.
-                yield response(body=HttpBody(data=openai_stream.error_event(error)))
+                yield response(body=HttpBody(data=unsent + openai_stream.error_event(error)))
             deployment = "" if session is None else session.deployment
             await abort(context, error, request_id, deployment, openai=True)
         finally:

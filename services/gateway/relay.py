@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
@@ -60,9 +59,9 @@ class Relay(Generic[T]):
                 return None
         return self._take()
 
-    def get_if(self, wanted: Callable[[T], bool]) -> T | None:
-        """The next item, if it is there already and is wanted."""
-        return self._take() if self._items and wanted(self._items[0]) else None
+    def get_ready(self) -> T | None:
+        """The next item, if it is there already."""
+        return self._take() if self._items else None
 
     def close(self) -> None:
         """Forgets the timer. The reader reads no more."""

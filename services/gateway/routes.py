@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.core.v1.scheduling_pb2 import Priority, Scheduling
 
 from services.gateway.fallback import FallbackReason
+
+Headers: TypeAlias = tuple[tuple[str, str], ...]
+"""The trace context of a request, as metadata."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,20 @@ class Lease:
     model: str
     idempotent: bool
     priority: Priority.ValueType
+
+    @staticmethod
+    def of(granted: pb.RouteResponse) -> Lease:
+        """The lease that was granted."""
+        lease = granted.lease
+        return Lease(
+            lease.lease_id,
+            lease.engine_id,
+            lease.address,
+            lease.incarnation,
+            granted.model,
+            granted.idempotent,
+            granted.priority,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +71,10 @@ class Wanted:
         """Whether the request had a lease already."""
         return self.resumed or bool(self.failed)
 
-    def request(self, gateway_id: str) -> pb.RouteRequest:
-        """The call for it. A request that has waited for its turn once waits again for as long as the coordinator lets it."""
+    def request(self, trace: Headers = ()) -> pb.RouteRequest:
+        """The route that is asked for, with the trace context of the request. A request that has waited for its turn once waits again for as long as the coordinator lets it."""
         request = pb.RouteRequest(
             request_id=self.request_id,
-            gateway_id=gateway_id,
             model=self.model,
             priority=self.scheduling.priority,
             affinity=self.affinity,
@@ -66,6 +83,7 @@ class Wanted:
             resumed=self.resumed,
             may_fall_back=self.may_fall_back,
             failed=[pb.FailedDeployment(name=n, reason=r) for n, r in self.failed.items()],
+            trace=dict(trace),
         )
         if self.scheduling.HasField("max_wait") and not self.resumed:
             request.max_wait.CopyFrom(self.scheduling.max_wait)

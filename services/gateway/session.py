@@ -22,7 +22,7 @@ from services.gateway.engine_calls import (
     begin,
     call_error,
     engine_lost,
-    read_to_end,
+    wait_for_end,
 )
 from services.gateway.engines import EnginePool
 from services.gateway.fallback import Fallbacks
@@ -37,6 +37,7 @@ from services.gateway.routes import Lease, Wanted
 from services.gateway.stalls import StallWatch
 from services.runtime.clock import Clock
 from services.runtime.errors import CaravanError
+from services.runtime.generate_events import in_order
 from services.runtime.telemetry import RequestSpan
 
 _LOG = logging.getLogger(__name__)
@@ -106,10 +107,9 @@ class RequestSession:
         """The next event; None after `silence_s` seconds without one. The last one is `finished`, or this raises CaravanError."""
         return await self._relay.get(silence_s)
 
-    def next_delta(self) -> engine_pb.Delta | None:
-        """The next event, if it has come already and is a delta."""
-        event = self._relay.get_if(_is_delta)
-        return None if event is None else event.delta
+    def next_ready(self) -> engine_pb.GenerateResponse | None:
+        """The next event, if it has come already."""
+        return self._relay.get_ready()
 
     def close(self) -> None:
         """The client's call is over: unless the request is too, it is cancelled. May be called many times."""
@@ -161,12 +161,8 @@ class RequestSession:
                 outcome = Outcome.CANCELLED
                 raise
             finally:
-                # In a task of its own: it happens even if this one is cancelled now.
-                release = self._parts.background.spawn(
-                    self._parts.leases.release(lease, outcome, self._answer.finish_key)
-                )
-            # The id of the request is free for the next lease only after the release.
-            await asyncio.shield(release)
+                # The coordinator takes it before the route that may be next, for which the id of the request must be free.
+                self._parts.leases.release(lease, outcome, self._answer.finish_key)
             await asyncio.sleep(delay_s)
 
     def _leave(self, error: CaravanError, lease: Lease) -> float:
@@ -202,16 +198,14 @@ class RequestSession:
 
     async def _next_lease(self) -> Lease:
         """Takes a lease, when it is the turn of the request. One that comes after the session has given up is given back."""
-        asking = self._parts.leases.ask(self._wanted(), self._span.headers())
+        remaining_s = self._remaining_s()
+        if remaining_s == 0:
+            raise _deadline_passed()
         try:
-            await asyncio.wait({asking.task}, timeout=self._remaining_s())
-            if not asking.task.done():
-                raise _deadline_passed()
-        except (CaravanError, asyncio.CancelledError):
-            self._parts.background.spawn(self._parts.leases.give_up(asking))
-            raise
-        try:
-            lease = asking.task.result()
+            async with asyncio.timeout(remaining_s):
+                lease = await self._parts.leases.take(self._wanted(), self._span.headers())
+        except TimeoutError:
+            raise _deadline_passed() from None
         except CaravanError as error:
             # A client that has been given nothing is told what the coordinator says now.
             raise self._moves.cut_off_by(error) if self._answer.any_events else error from None
@@ -257,27 +251,31 @@ class RequestSession:
 
     async def _relay_events(self, call: EngineCall, lease: Lease) -> Outcome:
         while True:
-            event = await call.read()
-            if event is grpc.aio.EOF:
+            message = await call.read()
+            if message is grpc.aio.EOF:
                 # It ended without a terminal event (W3).
                 raise engine_lost(lease.engine_id)
-            kind = event.WhichOneof("event")
-            # A request that only waits at its engine is alive too, and may go elsewhere whatever its deployment allows.
-            self._began = self._began or kind != "progress"
-            if not self._answer.take(event, kind):
-                continue
-            late_start = self._answer.late_start()
-            if late_start is not None:
-                await self._relay.put(late_start)
-            if kind == "delta":
-                self._note_pieces(pieces_of(event.delta))
-            await self._relay.put(event)
-            if kind == "finished":
-                self._relay.end()
-                self._note_finished(event.finished)
-                await read_to_end(call)
-                cancelled = event.finished.reason == generation_pb2.FINISH_REASON_CANCELLED
-                return Outcome.CANCELLED if cancelled else Outcome.FINISHED
+            for event in in_order(message):
+                kind = event.WhichOneof("event")
+                await self._relay_event(event, kind)
+                if kind == "finished":
+                    self._relay.end()
+                    self._note_finished(event.finished)
+                    await wait_for_end(call)
+                    cancelled = event.finished.reason == generation_pb2.FINISH_REASON_CANCELLED
+                    return Outcome.CANCELLED if cancelled else Outcome.FINISHED
+
+    async def _relay_event(self, event: engine_pb.GenerateResponse, kind: str | None) -> None:
+        # A request that only waits at its engine is alive too, and may go elsewhere whatever its deployment allows.
+        self._began = self._began or kind != "progress"
+        if not self._answer.take(event, kind):
+            return
+        late_start = self._answer.late_start()
+        if late_start is not None:
+            await self._relay.put(late_start)
+        if kind == "delta":
+            self._note_pieces(pieces_of(event.delta))
+        await self._relay.put(event)
 
     def _note_pieces(self, pieces: int) -> None:
         if not pieces:
@@ -308,10 +306,6 @@ class RequestSession:
         if self._deadline is None:
             return None
         return max(0.0, self._deadline - self._parts.clock.monotonic())
-
-
-def _is_delta(event: engine_pb.GenerateResponse) -> bool:
-    return event.HasField("delta")
 
 
 def _deadline_passed() -> CaravanError:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
+import grpc
+
 from services.gateway.engine_calls import EngineCall
 from services.runtime.errors import CaravanError
 
@@ -68,6 +70,10 @@ class WatchedCall:
             raise
         finally:
             self._reading = False
+
+    async def code(self) -> grpc.StatusCode:
+        """Waits for the end of the call, whose silence does not matter any more."""
+        return await self._call.code()
 
     def cancel(self) -> bool:
         """Ends the call and the watch."""

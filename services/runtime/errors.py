@@ -23,6 +23,7 @@ _PREFIX: Final = "ERROR_REASON_"
 # Trailing metadata that Envoy's Lua filter turns into the body of an HTTP reply (deploy/envoy/openai_errors.lua).
 OPENAI_ERROR_KEY: Final = "x-openai-error"
 RETRY_AFTER_KEY: Final = "retry-after"
+_CODES: Final[Mapping[int, grpc.StatusCode]] = {code.value[0]: code for code in grpc.StatusCode}
 # An error travels in trailing metadata up to three times (status, details, OpenAI body), and gRPC drops calls whose
 # metadata passes 8 KiB. Messages and metadata may quote what a client sent, so both are cut.
 MESSAGE_BYTES_MAX: Final = 768
@@ -208,7 +209,16 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, service: str) -> CaravanError
         found = _from_status(status)
         if found is not None:
             return found
-    code = error.code()
+    return _of_code(error.code(), service)
+
+
+def from_status(status: status_pb2.Status, *, service: str) -> CaravanError:
+    """The error that the peer `service` meant by a status; SERVICE_UNAVAILABLE or INTERNAL where it was none of the table."""
+    found = _from_status(status)
+    return _of_code(_CODES.get(status.code), service) if found is None else found
+
+
+def _of_code(code: grpc.StatusCode | None, service: str) -> CaravanError:
     if code is grpc.StatusCode.UNAVAILABLE:
         return CaravanError(
             "SERVICE_UNAVAILABLE",

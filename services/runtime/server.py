@@ -7,19 +7,23 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from services.runtime.channel import SERVER_OPTIONS
 from services.runtime.errors import CaravanError
 from services.runtime.health import Health
 
 _LOG = logging.getLogger(__name__)
+_SHUTDOWN_POLL_S: Final = 3600.0
 
 
 class PortTakenError(Exception):
@@ -168,11 +172,8 @@ class ServiceServer:
 
 def _check_free(address: str) -> None:
     # gRPC reports a taken port by lines of its own on stderr; asked first, the operator sees one clear line.
-    host, _, port = address.rpartition(":")
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, kind, protocol, _, place = _resolved(address)
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
@@ -180,13 +181,35 @@ def _check_free(address: str) -> None:
         raise PortTakenError(f"cannot listen on {address}: {error.strerror}") from error
 
 
-def start_metrics(address: str, registry: CollectorRegistry) -> int:
-    """Serves /metrics on host:port; returns the port. Raises PortTakenError."""
+def _resolved(address: str) -> tuple[Any, ...]:
     host, _, port = address.rpartition(":")
+    return socket.getaddrinfo(
+        host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+
+
+class _MetricsHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002 - the base class names it
+        """A scrape is no news."""
+
+
+def start_metrics(address: str, registry: CollectorRegistry) -> int:
+    """Serves /metrics on host:port, until the process ends; returns the port. Raises PortTakenError."""
+
+    class Server(ThreadingWSGIServer):
+        """Of the family of the address, which the base class takes from the class."""
+
     try:
-        server, _thread = start_http_server(int(port), addr=host.strip("[]"), registry=registry)
+        Server.address_family, _, _, _, place = _resolved(address)
+        server = make_server(
+            place[0], place[1], make_wsgi_app(registry), Server, handler_class=_MetricsHandler
+        )
     except OSError as error:
         raise PortTakenError(f"cannot listen on {address}: {error.strerror}") from error
+    # prometheus_client's own start wakes twice a second to look whether it is to stop, and that in each process.
+    threading.Thread(
+        target=server.serve_forever, args=(_SHUTDOWN_POLL_S,), name="metrics", daemon=True
+    ).start()
     return int(server.server_port)
 
 

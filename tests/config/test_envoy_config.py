@@ -51,6 +51,14 @@ def test_sizes_grow_inwards(config: Any) -> None:
     assert public < inner < MESSAGE_BYTES_MAX
 
 
+def test_an_idle_envoy_sleeps(config: Any) -> None:
+    """No thread wakes several times a second to say that it lives, and none to gather statistics that nobody asked for."""
+    for watchdog in ("main_thread_watchdog", "worker_watchdog"):
+        timeouts = config["watchdogs"][watchdog]
+        assert min(float(text.rstrip("s")) for text in timeouts.values()) >= 5
+    assert config["stats_flush_on_admin"]
+
+
 def test_everything_listens_on_loopback(config: Any) -> None:
     """No address is beyond this machine (I9)."""
     text = render((FOLDER / "envoy.yaml").read_text(), SETTINGS)

@@ -208,3 +208,14 @@ def test_admin_cannot_be_told_to_quit(front: Front) -> None:
         assert admin.post("/quitquitquit").status_code == 403
         assert admin.get("/config_dump").status_code == 403
         assert "envoy_server_live" in admin.get("/stats/prometheus").text
+
+
+def test_histograms_are_gathered_when_they_are_asked_for(front: Front) -> None:
+    """No timer gathers them; a look asks for it, and shows it or leaves it to the next one."""
+    assert front.http.get("/v1/models").status_code == 200
+    name = r"^http\.public\.downstream_rq_time$"
+    with httpx.Client(base_url=f"http://127.0.0.1:{front.admin}") as admin:
+        wait_for(
+            lambda: "P99(" in admin.get(f"/stats?filter={name}&histogram_buckets=none").text,
+            "the durations are gathered",
+        )

@@ -12,9 +12,15 @@ from caravan.core.v1 import scheduling_pb2
 from caravan.engine.v1 import engine_service_pb2 as engine_pb
 
 from services.coordinator.limits import Limits
-from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError
 from tests.support.coordinator import Coordinator, refused, running_coordinator, until
+
+
+class _NoMetadata:
+    """The context of a call that a test makes without a connection, so that it can end between two steps of its own."""
+
+    def invocation_metadata(self) -> None:
+        """None."""
 
 
 async def in_queue(coordinator: Coordinator, number: int) -> None:
@@ -96,7 +102,7 @@ async def test_a_wait_has_an_end() -> None:
         await in_queue(coordinator, 2)
         for call, waited_s in zip(calls, (5, 25), strict=True):
             coordinator.clock.advance(waited_s)
-            coordinator.servicer._expire_waiting()
+            coordinator.servicer._routes.expire()
             error = await refused(call)
             assert (error.reason, error.row.http_status) == ("QUEUE_TIMEOUT", 504)
             assert error.retry_after_s is not None
@@ -143,8 +149,9 @@ async def test_a_grant_to_a_call_that_is_gone_goes_to_the_next(cancelled_first: 
         await coordinator.engine(max_sequences=1)
         gateway = await coordinator.gateway()
         lease = await gateway.route("req-1")
-        want = Want("req-2", gateway.gateway_id, "demo", "lease-gone", 1000.0, wait_s=30)
-        gone = asyncio.create_task(coordinator.servicer._route(want))
+        want = pb.RouteRequest(request_id="req-2", gateway_id=gateway.gateway_id, model="demo")
+        context: Any = _NoMetadata()
+        gone = asyncio.create_task(coordinator.servicer.Route(want, context))
         await in_queue(coordinator, 1)
         staying = gateway.ask("req-3")
         await in_queue(coordinator, 2)
@@ -211,7 +218,7 @@ async def test_what_is_not_ended_in_time_is_written_off() -> None:
         await coordinator.stub.Cancel(pb.CancelRequest(request_id="stuck"))
         assert await engine.cancelled_request() == "stuck"
         coordinator.clock.advance(5)
-        coordinator.servicer._expire_waiting()
+        coordinator.servicer._routes.expire()
         assert (await waiting).lease.engine_id == "engine-0"
         assert not await gateway.release(stuck.lease_id)
         (shown,) = (await coordinator.stub.ListEngines(pb.ListEnginesRequest())).engines

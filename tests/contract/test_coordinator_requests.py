@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
@@ -230,7 +231,7 @@ async def test_an_engine_that_does_not_read_loses_its_session() -> None:
         gateway = await coordinator.gateway()
         session = coordinator.state.engines.find("engine-0")
         assert session is not None
-        outbox = coordinator.servicer._outboxes[session.session]
+        outbox: Any = coordinator.servicer._outboxes[session.session]
         for i in range(OUTBOX_MESSAGES_MAX):  # No await in between: the stream cannot take any.
             assert outbox.put(f"old-{i}")
         coordinator.state.route(Want("req-1", gateway.gateway_id, "demo", "lease-x", 1000))

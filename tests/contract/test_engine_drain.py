@@ -19,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.channel import open_channel
 from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.generate_events import each
 from tests.support.cache import running_cache
 from tests.support.engine import DEMO_MODEL, Answer, EngineClient, running_engine
 from tests.support.processes import log_line, process
@@ -33,7 +34,7 @@ async def moved(client: EngineClient, request: pb.GenerateRequest) -> Answer:
     """What arrived of an answer that must end with DRAINING."""
     answer, error = Answer(), None
     try:
-        async for event in client.stub.Generate(request):
+        async for event in each(client.stub.Generate(request)):
             answer.add(event)
     except grpc.aio.AioRpcError as raised:
         error = from_rpc_error(raised, service="engine")
@@ -197,7 +198,7 @@ async def _terminated(
         request = pb.GenerateRequest(request_id="a", text="hi")
         request.stop.max_tokens = max_tokens
         try:
-            async for event in stub.Generate(request):
+            async for event in each(stub.Generate(request)):
                 answer.add(event)
                 if answer.deltas == 5 and event.HasField("delta"):
                     running.send_signal(signal.SIGTERM)

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.engine.membership import BACKOFF_MOST_S, Membership, backoff_s
 from services.runtime.channel import open_channel
 from services.runtime.errors import from_rpc_error
+from services.runtime.generate_events import each
 from services.runtime.server import ServiceServer, cancel_all
 from tests.support.engine import running_engine
 from tests.support.ports import free_port
@@ -45,7 +46,7 @@ def request(request_id: str, max_tokens: int) -> pb.GenerateRequest:
 
 async def read_all(call: AsyncIterable[pb.GenerateResponse]) -> list[pb.GenerateResponse]:
     """All events of a request."""
-    return [event async for event in call]
+    return [event async for event in each(call)]
 
 
 async def test_a_process_serves_drains_and_ends_with_zero() -> None:
@@ -60,7 +61,7 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
             assert (await health.Check(check)).status == health_pb2.HealthCheckResponse.SERVING
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 300))
             events = []
-            async for event in call:
+            async for event in each(call):
                 events.append(event)
                 if event.HasField("started"):
                     running.send_signal(signal.SIGTERM)
@@ -76,7 +77,7 @@ async def test_every_series_is_there() -> None:
         port = int((await log_line(running, PORT))[1])
         await log_line(running, SERVING)
         async with open_channel(f"127.0.0.1:{port}") as channel:
-            async for _event in pb_grpc.EngineServiceStub(channel).Generate(request("a", 5)):
+            async for _event in each(pb_grpc.EngineServiceStub(channel).Generate(request("a", 5))):
                 pass
         url = f"http://127.0.0.1:{metrics}/metrics"
         text = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
@@ -207,7 +208,7 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
             assert told.completion_tokens < later.completion_tokens
             cancel = coordinator_pb.CancelCommand(request_id="a")
             first.commands.put_nowait(coordinator_pb.JoinEngineResponse(cancel=cancel))
-            events = [event async for event in call]
+            events = [event async for event in each(call)]
             assert events[-1].finished.reason == generation.FINISH_REASON_CANCELLED
         first.commands.put_nowait(None)
         async with asyncio.timeout(20):
@@ -302,7 +303,7 @@ async def test_an_engine_serves_without_its_coordinator() -> None:
         await log_line(running, re.compile(rb"joining again"))
         async with open_channel(f"127.0.0.1:{port}") as channel:
             call = pb_grpc.EngineServiceStub(channel).Generate(request("a", 3))
-            events = [event async for event in call]
+            events = [event async for event in each(call)]
             assert events[-1].finished.usage.completion_tokens == 3
         async with coordinator(f"127.0.0.1:{nobody}") as (late, _port):
             async with asyncio.timeout(20):

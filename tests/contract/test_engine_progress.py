@@ -9,6 +9,7 @@ from caravan.engine.v1 import engine_service_pb2 as pb
 
 from services.engine.outbox import Outbox
 from services.engine.progress import ProgressTimer
+from services.runtime.generate_events import each
 from tests.support.engine import running_engine
 
 
@@ -44,7 +45,7 @@ async def test_a_decode_that_hangs_is_silence() -> None:
         loop = asyncio.get_running_loop()
         stalled = client.request("hi")
         waiting = asyncio.ensure_future(client.ask("ho"))
-        times = [loop.time() async for _event in client.stub.Generate(stalled)]
+        times = [loop.time() async for _event in each(client.stub.Generate(stalled))]
         assert max(later - earlier for earlier, later in pairwise(times)) > 0.5
         assert (await waiting).tokens
 

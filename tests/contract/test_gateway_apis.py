@@ -17,6 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.generate_events import together
 from services.runtime.telemetry import OtelTracing
 from tests.support.coordinator import until
 from tests.support.gateway import error_of, openai_error, running
@@ -46,6 +47,40 @@ async def test_a_stream_is_events_and_a_plain_answer_is_json() -> None:
         plain = [part.body async for part in rig.chat()]
         assert [p.content_type for p in plain] == ["application/json"]
         assert json.loads(plain[0].data)["choices"][0]["message"]["content"] == "Hello you"
+
+
+async def test_events_that_come_together_go_out_together() -> None:
+    """A whole answer in one message of the engine is one message to the client, and each event of it counts."""
+    answer = together([started(), delta("Hello"), delta(" you"), finished()])
+    async with running(answer) as rig:
+        parts = [part.body async for part in rig.chat(stream=True)]
+        assert len(parts) == 1
+        assert parts[0].data.count(b'"content":"') == 3, "the role, and two deltas"
+        assert parts[0].data.endswith(b"data: [DONE]\n\n")
+        call = rig.inference.Chat(pb.ChatRequest(model="demo", prompt=PROMPT))
+        kinds = [event.WhichOneof("event") async for event in call]
+        assert kinds == ["started", "delta", "delta", "finished"]
+        await rig.idle()
+        assert rig.count("finished") == 2
+
+
+async def test_text_that_comes_with_a_cancel_is_not_lost() -> None:
+    """What a stream's client would have been shown a moment before the end is shown before the error."""
+    end = finished(generation_pb2.FINISH_REASON_CANCELLED)
+    go_on = asyncio.Event()
+
+    async def pause() -> None:
+        await go_on.wait()
+
+    script = (started(), delta("Hello"), pause, together([delta(" you"), end]))
+    async with running(*script) as rig:
+        call = rig.chat(stream=True)
+        first = await call.read()
+        go_on.set()
+        last = await call.read()
+        assert b"Hello" in first.body.data
+        assert b" you" in last.body.data
+        assert b'"code":"request_cancelled"' in last.body.data
 
 
 async def test_completions() -> None:

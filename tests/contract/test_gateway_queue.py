@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.core.v1 import chat_pb2, scheduling_pb2
 from caravan.inference.v1 import inference_service_pb2 as inference_pb
 from caravan.inference.v1 import inference_service_pb2_grpc as inference_grpc
@@ -19,6 +20,7 @@ from caravan.openai.v1 import openai_service_pb2_grpc as openai_grpc
 from google.api.httpbody_pb2 import HttpBody
 from prometheus_client import CollectorRegistry
 
+from services.coordinator.effects import Effects, Ending, EndSession
 from services.coordinator.limits import Limits
 from services.coordinator.tasks import Priority
 from services.coordinator.waiting import Want
@@ -106,7 +108,8 @@ async def line(limits: Limits | None = None, **settings: Any) -> AsyncIterator[L
         )
         go_on.set()
         await until(lambda: len(gateway.sessions) + len(gateway.background) == 0)
-        assert len(coordinator.state.leases) + len(coordinator.state.waiting) == 0
+        # The last releases may be on their way.
+        await until(lambda: len(coordinator.state.leases) + len(coordinator.state.waiting) == 0)
 
 
 async def text(call: Any) -> str:
@@ -273,6 +276,59 @@ async def test_bad_wishes_are_refused_by_name(field: dict[str, Any]) -> None:
             typed.scheduling.max_wait.FromSeconds(field[name])
         error = known(await error_of(rig.inference.Chat(typed)))
         assert (error.reason, error.param) == ("INVALID_VALUE", f"scheduling.{name}")
+
+
+@pytest.mark.parametrize("ends", ["before", "after"])
+async def test_a_release_around_the_end_of_the_session(ends: str) -> None:
+    """The request ends just before or after its session does: no lease is left, and none waits for its gateway to come back."""
+    async with line() as rig:
+        state, servicer = rig.coordinator.state, rig.coordinator.servicer
+        call = await rig.running()
+        (gateway,) = state.gateways
+        ending = EndSession(gateway.session, gateway.gateway_id, Ending.SILENT)
+        rig.go_on.set()
+        if ends == "after":
+            # The release is on its way when the coordinator ends the session.
+            await until(lambda: len(rig.gateway._membership._releases) == 1)
+        servicer.perform(Effects(endings=(ending,)))
+        assert "[DONE]" in await text(call)
+        await until(
+            lambda: [g.gateway_id for g in state.gateways] not in ([], [gateway.gateway_id])
+        )
+        # The clock of the coordinator stands still: it forgets nothing by itself.
+        await until(lambda: len(state.leases) + len(state._relearning.orphaned) == 0)
+        assert "Hello" in await text(rig.ask())
+
+
+async def test_a_release_that_is_refused_is_not_told_for_ever() -> None:
+    """The session that ends by it is followed by one, not by many."""
+    async with line() as rig:
+        rig.gateway._membership.release(pb.ReleaseRequest(lease_id="x", finish_key=b"short"))
+        (first,) = rig.coordinator.state.gateways
+        gateways = rig.coordinator.state.gateways
+        await until(lambda: [g.session for g in gateways] not in ([], [first.session]))
+        (second,) = gateways
+        rig.go_on.set()
+        assert "Hello" in await text(rig.ask())
+        await rig.gateway._membership.settle(10)
+        assert [g.session for g in gateways] == [second.session]
+
+
+async def test_a_request_that_waits_outlives_its_session() -> None:
+    """It asks again in the next one, in which its turn comes."""
+    async with line() as rig:
+        state, servicer = rig.coordinator.state, rig.coordinator.servicer
+        first = await rig.running()
+        second = asyncio.create_task(text(rig.ask()))
+        (want,) = await rig.queued()
+        (gateway,) = state.gateways
+        ending = EndSession(gateway.session, gateway.gateway_id, Ending.SILENT)
+        servicer.perform(Effects(endings=(ending,)))
+        await until(lambda: [w.gateway_id for w in state.waiting] not in ([], [want.gateway_id]))
+        assert len(state.leases) == 1, "the lease that runs was told to it"
+        rig.go_on.set()
+        assert "Hello" in await second
+        assert "[DONE]" in await text(first)
 
 
 async def test_a_coordinator_that_dies_ends_the_wait() -> None:

@@ -23,6 +23,7 @@ from services.dev.provider.server import ScriptedProvider
 from services.engine.remote.__main__ import serve
 from services.engine.remote.settings import RemoteSettings
 from services.runtime.channel import open_channel
+from services.runtime.generate_events import each
 from services.runtime.settings import load
 from tests.support.coordinator import Coordinator, EnginePeer, running_coordinator, until
 from tests.support.engine import running_engine
@@ -77,7 +78,7 @@ async def cost(engine: pb_grpc.EngineServiceAsyncStub, request_id: str, tenant: 
     """What a request costs, as its end tells."""
     request = pb.GenerateRequest(request_id=request_id, tenant=tenant)
     request.chat.messages.add(role=chat_pb2.ROLE_USER, content="hello there")
-    events = [event async for event in engine.Generate(request, timeout=10)]
+    events = [event async for event in each(engine.Generate(request, timeout=10))]
     return events[-1].finished.cost_nanousd
 
 

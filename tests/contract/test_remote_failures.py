@@ -34,6 +34,16 @@ async def half_open(rig: Rig) -> None:
     await rig.until(lambda: state_of_breaker(rig) is State.HALF_OPEN)
 
 
+async def test_an_unpaid_bill_is_told_at_once() -> None:
+    """It has the status of a rate limit, and no patience helps: one call, and no time to come back at."""
+    async with running_remote(Script(tokens=3)) as rig:
+        rig.provider.faults.add(Fault(Kind.STATUS, status=429, reason="quota", times=None))
+        error = await rig.refusal()
+        assert (error.reason, error.metadata["limit"]) == ("RATE_LIMITED", "insufficient_quota")
+        assert error.retry_after_s is None
+        assert len(rig.provider.requests) == 1
+
+
 def attempts(rig: Rig, outcome: str) -> float:
     """Calls of the provider that ended so."""
     return rig.sample("caravan_remote_attempts_total", outcome=outcome)

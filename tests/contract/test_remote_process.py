@@ -33,6 +33,7 @@ from services.dev.provider.server import ScriptedProvider
 from services.engine.remote.redaction import REDACTED
 from services.runtime.channel import open_channel
 from services.runtime.errors import from_rpc_error
+from services.runtime.generate_events import each
 from tests.support.coordinator import Coordinator, running_coordinator, until
 from tests.support.ports import free_port
 from tests.support.processes import log_line, process
@@ -83,7 +84,7 @@ async def test_a_process_serves_drains_and_ends_with_zero() -> None:
                 status = (await health.Check(check)).status
                 assert status == health_pb2.HealthCheckResponse.SERVING
             events = []
-            async for event in pb_grpc.EngineServiceStub(channel).Generate(request("a")):
+            async for event in each(pb_grpc.EngineServiceStub(channel).Generate(request("a"))):
                 events.append(event)
                 if len(events) == 3:
                     text = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read())

@@ -21,6 +21,7 @@ from services.dev.provider.script import Script
 from services.engine.remote.breaker import State
 from services.engine.remote.request import Request
 from services.runtime.errors import from_rpc_error
+from services.runtime.generate_events import each
 from tests.support.remote import KEY, Answer, Rig, running_remote
 
 OPTIONS: dict[str, Any] = {
@@ -73,7 +74,7 @@ class Storm:
         answer = Answer()
         try:
             events = 0
-            async for event in call:
+            async for event in each(call):
                 answer.add(event)
                 events += 1
                 if events == leaves_after:

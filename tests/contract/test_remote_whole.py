@@ -30,8 +30,10 @@ async def test_a_short_whole_answer_is_one_piece(provider: str) -> None:
         assert whole.reason == streamed.reason
         assert whole.usage.completion_tokens == streamed.usage.completion_tokens
         assert whole.usage.prompt_tokens == streamed.usage.prompt_tokens
+        messages = [m async for m in rig.stub.Generate(rig.request(stop=short(), whole=True))]
+        assert len(messages) == 1, "start, text and end are known together"
         asked = [received.path + received.body.decode() for received in rig.provider.requests]
-        assert [STREAMING[provider] in said for said in asked] == [True, False]
+        assert [STREAMING[provider] in said for said in asked] == [True, False, False]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

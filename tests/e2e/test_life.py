@@ -38,7 +38,8 @@ def _answers(stack: Stack, model: str = "fast") -> bool:
 
 @pytest.mark.parametrize("name", ["engine-0", "gateway", "coordinator", "cache", "envoy"])
 def test_what_is_killed_comes_back(mortal: Stack, name: str) -> None:
-    """kill -9 of any process: it runs again at the same address, endpoints.json is true, requests work, others stayed."""
+    """kill -9 of any process: it runs again at the same address, endpoints.json is true, requests work, others stayed; of an
+    engine it is told."""
     before = mortal.processes()
     os.kill(before[name]["pid"], signal.SIGKILL)
     wait_for(lambda: mortal.pids().get(name) != before[name]["pid"], "its death is known")
@@ -48,6 +49,8 @@ def test_what_is_killed_comes_back(mortal: Stack, name: str) -> None:
     assert changed == {name}
     assert after[name] | {"pid": 0} == before[name] | {"pid": 0}
     assert any(line.startswith(f"{name} was ended by SIGKILL") for line in mortal.lines)
+    if name.startswith("engine"):
+        wait_for(lambda: f"{name} is ready again" in mortal.lines, "its return is told", 5)
     mortal.wait_until_free()
 
 

@@ -143,11 +143,26 @@ class GatewayPeer:
 
     async def beat(self, held: Sequence[pb.HeldLease] = ()) -> pb.JoinGatewayResponse:
         """Sends a heartbeat and awaits the answer."""
-        await self._call.write(pb.JoinGatewayRequest(gateway_id=self.gateway_id, held=held))
+        await self.send(gateway_id=self.gateway_id, held=held)
+        return await self.receive()
+
+    async def send(self, **fields: Any) -> None:
+        """Sends any message."""
+        await self._call.write(pb.JoinGatewayRequest(**fields))
+
+    async def receive(self) -> pb.JoinGatewayResponse:
+        """The next message of the coordinator."""
         async with asyncio.timeout(CALL_TIMEOUT_S):
             response = await self._call.read()
         assert isinstance(response, pb.JoinGatewayResponse), "the stream ended"
         return response
+
+    async def answers(self) -> list[pb.RouteAnswer]:
+        """The answers to routes in the next message, which must have some and nothing else."""
+        response = await self.receive()
+        assert response.routes
+        assert not response.HasField("heartbeat_interval")
+        return list(response.routes)
 
     def ask(
         self, request_id: str, model: str = "demo", wait_s: float | None = None, **fields: Any

@@ -20,6 +20,7 @@ from services.engine.servicer import EngineServicer
 from services.engine.settings import EngineSettings
 from services.runtime.channel import open_channel
 from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.generate_events import each
 from services.runtime.server import ServiceServer
 from services.runtime.settings import load
 from services.runtime.telemetry import NoTracing
@@ -122,7 +123,7 @@ class EngineClient:
         """The answer. Raises the CaravanError that the engine meant."""
         answer = Answer()
         try:
-            async for event in self.stub.Generate(request):
+            async for event in each(self.stub.Generate(request)):
                 answer.add(event)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="engine") from error
@@ -132,7 +133,7 @@ class EngineClient:
         """What a gateway has of an answer after each of its deltas, and at last the whole answer."""
         seen: list[Answer] = []
         answer = Answer()
-        async for event in self.stub.Generate(request):
+        async for event in each(self.stub.Generate(request)):
             answer.add(event)
             if event.HasField("delta"):
                 seen.append(replace(answer, tokens=list(answer.tokens), calls=list(answer.calls)))

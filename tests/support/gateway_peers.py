@@ -15,7 +15,7 @@ from caravan.engine.v1 import engine_service_pb2 as engine_pb
 from caravan.engine.v1 import engine_service_pb2_grpc as engine_grpc
 
 from services.runtime.errors import CaravanError
-from services.runtime.server import ServiceServer
+from services.runtime.server import ServiceServer, cancel_all
 
 Event = engine_pb.GenerateResponse
 KEY = bytes(range(32))
@@ -175,6 +175,8 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
     engine_came: asyncio.Event = field(default_factory=asyncio.Event)
     finish_keys: list[bytes] = field(default_factory=list)
     joins: list[coordinator_pb.JoinGatewayRequest] = field(default_factory=list)
+    messages: list[coordinator_pb.JoinGatewayRequest] = field(default_factory=list)
+    """What came on sessions after the first message."""
 
     def __post_init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -195,7 +197,7 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         ]
 
     async def JoinGateway(self, requests: Any, context: Any) -> AsyncIterator[Any]:
-        """Welcomes, and answers every beat unless it is silent."""
+        """Welcomes, answers every beat unless it is silent, and serves routes and releases as the calls for them do."""
         first = await anext(requests)
         self.joins.append(first)
         self.joined.append(first.gateway_id)
@@ -204,14 +206,44 @@ class FakeCoordinator(coordinator_grpc.CoordinatorServiceServicer):
         self.known.add(first.gateway_id)
         response = coordinator_pb.JoinGatewayResponse()
         response.heartbeat_interval.FromMilliseconds(self.interval_ms)
+        out: asyncio.Queue[Any] = asyncio.Queue()
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def route(request: coordinator_pb.RouteRequest) -> None:
+            told = await self._answer(request, first.gateway_id, context)
+            out.put_nowait(coordinator_pb.JoinGatewayResponse(routes=[told]))
+
+        async def read() -> None:
+            async for message in requests:
+                self.messages.append(message)
+                for release in message.releases:
+                    await self.Release(release, context)
+                tasks.update([asyncio.create_task(route(request)) for request in message.routes])
+                if not message.releases and not message.routes:
+                    self.beats += 1
+                    if not self.silent:
+                        out.put_nowait(response)
+            out.put_nowait(None)
+
+        tasks.add(asyncio.create_task(read()))
         try:
             yield response
-            async for _ in requests:
-                self.beats += 1
-                if not self.silent:
-                    yield response
+            while (answer := await out.get()) is not None:
+                yield answer
         finally:
             self.known.discard(first.gateway_id)
+            await cancel_all(tasks)
+
+    async def _answer(
+        self, request: coordinator_pb.RouteRequest, gateway_id: str, context: Any
+    ) -> coordinator_pb.RouteAnswer:
+        told = coordinator_pb.RouteAnswer(request_id=request.request_id)
+        request.gateway_id = gateway_id
+        try:
+            told.granted.CopyFrom(await self.Route(request, context))
+        except CaravanError as error:
+            told.refused.CopyFrom(error.to_status())
+        return told
 
     async def Route(self, request: Any, context: Any) -> Any:
         """Grants a lease."""

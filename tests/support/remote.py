@@ -27,6 +27,7 @@ from services.engine.remote.settings import RemoteSettings
 from services.runtime.channel import open_channel
 from services.runtime.clock import SystemClock
 from services.runtime.errors import CaravanError, from_rpc_error
+from services.runtime.generate_events import each
 from services.runtime.server import ServiceServer
 from services.runtime.settings import load
 from services.runtime.telemetry import NoTracing, Tracing
@@ -111,7 +112,8 @@ class Rig:
         """The answer. Raises the CaravanError that the engine meant."""
         answer = Answer()
         try:
-            async for event in self.stub.Generate(request or self.request(), timeout=timeout_s):
+            call = self.stub.Generate(request or self.request(), timeout=timeout_s)
+            async for event in each(call):
                 answer.add(event)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, service="engine") from error

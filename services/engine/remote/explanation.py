@@ -59,7 +59,12 @@ def failure_of_status(status: int) -> Failure:
 
 
 def explained_error(
-    provider: Provider, failure: Failure, explanation: Explanation, redact: Callable[[str], str]
+    provider: Provider,
+    failure: Failure,
+    explanation: Explanation,
+    redact: Callable[[str], str],
+    *,
+    is_lasting: bool = False,
 ) -> ProviderError:
     """The error for the caller. What the provider wrote is redacted and cut; of a refused credential nothing is quoted."""
     said = redact(explanation.message)[:_MESSAGE_CHARACTERS_MAX]
@@ -74,6 +79,7 @@ def explained_error(
         failure,
         text,
         retry_after_s=explanation.retry_after_s,
+        is_lasting=is_lasting,
         **_metadata(failure, explanation, redact),
     )
 

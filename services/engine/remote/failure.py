@@ -37,7 +37,8 @@ class ProviderError(Exception):
     """A call that failed. `message` is for the caller and holds no credential.
 
     `retry_after_s` is what the provider asked for, in seconds, or None. `metadata` is what the error table documents for the
-    reason, beside `provider`. `provider_request_id` is the provider's own one, for its support; "" where it told none. `detail` is for
+    reason, beside `provider`. One that `is_lasting` stays until somebody does something, although others of its kind pass by
+    themselves. `provider_request_id` is the provider's own one, for its support; "" where it told none. `detail` is for
     the log alone: addresses of ours are no business of callers.
     """
 
@@ -47,6 +48,7 @@ class ProviderError(Exception):
         message: str,
         *,
         retry_after_s: float | None = None,
+        is_lasting: bool = False,
         **metadata: str,
     ) -> None:
         super().__init__(message)
@@ -54,13 +56,19 @@ class ProviderError(Exception):
         self.message = message
         self.retry_after_s = retry_after_s
         self.metadata = metadata
+        self.is_lasting = is_lasting
         self.provider_request_id = ""
         self.detail = ""
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether trying again may help."""
+        return self.failure in RETRYABLE and not self.is_lasting
 
     def to_error(self, provider: str, model: str) -> CaravanError:
         """The error that the caller gets. `model` is the provider's name of it, for the operator who has to correct it."""
         retry_after_s = self.retry_after_s
-        if retry_after_s is None and self.failure in RETRYABLE | {Failure.CIRCUIT_OPEN}:
+        if retry_after_s is None and (self.may_pass or self.failure is Failure.CIRCUIT_OPEN):
             retry_after_s = _RETRY_AFTER_S
         metadata = {"provider": provider, **self.metadata}
         if self.failure is Failure.NOT_FOUND:

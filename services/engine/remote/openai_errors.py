@@ -19,13 +19,15 @@ _FILTERS: Final = frozenset(
     {"content_filter", "content_filter_results_violation", "content_policy_violation"}
 )
 _CONTEXT: Final = "context_length_exceeded"
+_UNPAID: Final = "insufficient_quota"
+"""Has the status of a rate limit, and lasts until somebody pays."""
 # Within a stream there is no status: what HTTP would have said.
 _STATUSES: Final[Mapping[str, int]] = {
     "invalid_request_error": 400,
     "authentication_error": 401,
     "permission_error": 403,
     "not_found_error": 404,
-    "insufficient_quota": 429,
+    _UNPAID: 429,
     "rate_limit_error": 429,
     "rate_limit_exceeded": 429,
     "tokens": 429,
@@ -45,8 +47,7 @@ def error_of_response(
     """What an answer other than 200 means. `retry_s` is what its headers ask for, in seconds."""
     document = document_of(body)
     error = document.get("error", document) if isinstance(document, dict) else None
-    explanation = _explanation(status, error, retry_s)
-    return explained_error(provider, _failure(explanation), explanation, redact)
+    return _error(provider, _explanation(status, error, retry_s), redact)
 
 
 def error_of_event(provider: Provider, error: Any, redact: Callable[[str], str]) -> ProviderError:
@@ -55,8 +56,15 @@ def error_of_event(provider: Provider, error: Any, redact: Callable[[str], str])
     status = int(code) if code.isdecimal() and len(code) == 3 else 0
     if not status:
         status = _STATUSES.get(code) or _STATUSES.get(text_at(error, "type")) or 500
-    explanation = _explanation(status, error, None)
-    return explained_error(provider, _failure(explanation), explanation, redact)
+    return _error(provider, _explanation(status, error, None), redact)
+
+
+def _error(
+    provider: Provider, explanation: Explanation, redact: Callable[[str], str]
+) -> ProviderError:
+    is_lasting = _UNPAID in {explanation.code, explanation.kind}
+    failure = _failure(explanation)
+    return explained_error(provider, failure, explanation, redact, is_lasting=is_lasting)
 
 
 def _explanation(status: int, error: Any, retry: float | None) -> Explanation:

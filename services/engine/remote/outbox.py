@@ -72,10 +72,10 @@ class Outbox(News[Update]):
         return self._waiting_bytes > WAITING_BYTES_MAX
 
     def start(self) -> None:
-        """The provider is being called."""
+        """The provider is being called. That is told with what comes next, be it that nothing has come for a while: a message of its
+        own would have everybody on the way at work just when the first piece is about to come."""
         if not self._ended:
             self._pending.started = True
-            self._wake()
 
     def add(self, piece: Piece) -> None:
         """A piece of the answer."""

@@ -69,6 +69,7 @@ class Redactor:
             error.failure,
             self.clean(error.message),
             retry_after_s=error.retry_after_s,
+            is_lasting=error.is_lasting,
             **{name: self.clean(value) for name, value in error.metadata.items()},
         )
 

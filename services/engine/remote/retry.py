@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from services.engine.remote.failure import RETRYABLE, ProviderError
+from services.engine.remote.failure import ProviderError
 
 _UNIT: Final = 1000
 """Budgets count in thousandths of a retry: sums of whole numbers do not drift."""
@@ -91,7 +91,7 @@ class Retry:
         gets the error with its retry time at once.
         """
         config = self._config
-        if attempt >= config.max_retries or failure.failure not in RETRYABLE:
+        if attempt >= config.max_retries or not failure.may_pass:
             return None
         wait = self._wait(attempt, failure.retry_after_s, fraction)
         if wait is None or (remaining_s is not None and wait >= remaining_s):

@@ -210,6 +210,7 @@ class Run:
             # Not before: a request that the breaker or the limit refuses loads nobody, and earns no retries for others.
             endpoint.retry.first_attempt()
             endpoint.metrics.queue_seconds.observe(called - request.arrived)
+            self._work.span.event("started")
             outbox.start()
         headers: Mapping[str, str] = {}
         if credential.secret:

@@ -18,6 +18,7 @@ from services.engine.remote.metrics import CANCELLED, SUCCEEDED
 from services.engine.remote.outbox import Ending
 from services.engine.remote.request import Request
 from services.runtime.errors import CaravanError
+from services.runtime.generate_events import together
 from services.runtime.telemetry import RequestSpan, Tracing
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -126,21 +127,24 @@ async def _events(request: Request, span: RequestSpan) -> AsyncIterator[pb.Gener
     is_started = False
     while True:
         update = await take()
+        events: list[pb.GenerateResponse] = []
         # A request that is cancelled while it waits is told as started too: one form for every answer.
         if not is_started and (update.started or update.ending is not None):
             is_started = True
-            span.event("started")
-            yield pb.GenerateResponse(started=messages.started())
+            events.append(pb.GenerateResponse(started=messages.started()))
         if update.pieces:
-            yield pb.GenerateResponse(delta=messages.delta(update))
+            events.append(pb.GenerateResponse(delta=messages.delta(update)))
         elif update.alive:
-            yield pb.GenerateResponse(progress=pb.Progress())
+            events.append(pb.GenerateResponse(progress=pb.Progress()))
+        if update.ending is not None:
+            _describe(span, update.ending)
+            events.append(pb.GenerateResponse(finished=messages.finished(update.ending)))
+        if events:
+            yield together(events)
         if update.error is not None:
             # After the pieces that came before it.
             raise update.error
         if update.ending is not None:
-            _describe(span, update.ending)
-            yield pb.GenerateResponse(finished=messages.finished(update.ending))
             return
 
 

@@ -75,10 +75,10 @@ def test_served_within_counts_a_span() -> None:
 
 
 def test_admission_is_what_a_request_waits_for() -> None:
-    """Route by its median; Release happens in the background, and is shown beside it."""
+    """A lease on the session by its median; the calls that do the same are shown beside it."""
     path = {name: [2.0] for name in (admission.DIRECT, admission.BEHIND)}
-    report = admission.report(admission.Calls([0.8, 0.9, 9.0], [0.3, 0.3, 0.3]), path)
+    report = admission.report(admission.Waits([0.8, 0.9, 9.0], [1.3], [0.3]), path)
     assert (report.claims[0].value, report.claims[0].kept) == (0.9, True)
-    assert report.tables[0].rows[2][:2] == ("both", "1.20")
-    (claim,) = admission.report(admission.Calls([1.1], [0.1]), path).claims
+    assert report.tables[0].rows[2][:2] == ("call of Release", "0.30")
+    (claim,) = admission.report(admission.Waits([1.1], [0.1], [0.1]), path).claims
     assert not claim.kept

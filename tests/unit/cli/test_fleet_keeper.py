@@ -97,10 +97,12 @@ async def test_engines_follow_the_deployments(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda _: True)
     await rig.tell(CHAT)
     before = await rig.running("engine-0", "engine-1")
+    assert rig.keeper.rests
     rig.keeper.talks = True
     await rig.tell(replace(CHAT, revision="2", former_engines=2))
     after = await rig.running("engine-2", "engine-3")
     assert set(after) == {"engine-2", "engine-3"}
+    assert not rig.keeper.rests  # the former are waited for
     assert not set(before.values()) & set(after.values())
     assert "starting engine-2 for chat (revision 2)" in rig.said
     pids = {name: rig.supervisor._children[name].pid for name in before}
@@ -141,6 +143,7 @@ async def test_no_ports_are_told_once(tmp_path: Path) -> None:
         line for line in rig.said if line.startswith("no engine can be started for chat")
     ] == rig.said
     assert len(rig.said) == 1
+    assert not rig.keeper.rests
     await rig.running("engine-0")
     await _stop(rig)
 
@@ -153,4 +156,5 @@ async def test_nothing_to_run(tmp_path: Path, wanted: tuple[Wanted, ...]) -> Non
     await rig.tell(*wanted)
     assert rig.keeper.wanted == wanted
     assert not rig.keeper.planned
+    assert rig.keeper.rests
     await _stop(rig)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from services.cli.fleet import Wanted
 from services.cli.plan import ProcessPlan
-from services.cli.progress import EngineView, Phase, Seen, Verdict, judge, status_line
+from services.cli.progress import (
+    REST_POLL_S,
+    EngineView,
+    Phase,
+    Seen,
+    Verdict,
+    judge,
+    look_again_s,
+    status_line,
+)
 
 READY = EngineView(Phase.READY, 1.0)
 BROKEN = EngineView(Phase.FAILED, failure="bad tensor")
@@ -101,3 +110,19 @@ def test_shares_are_told_in_steps() -> None:
     for percent in range(101):
         seen = _seen("", {0: EngineView(Phase.LOADING, percent / 100)})
         assert f"loading {percent}% ·" in status_line(ENGINES, seen)
+
+
+def test_what_is_under_way_is_looked_at_often() -> None:
+    """The probes rest only when all is served, each engine stands where it stays, and nothing is to be started or ended."""
+
+    def pause_s(seen: Seen, *, announced: bool = True, fleet_rests: bool = True) -> float:
+        return look_again_s(_judge(seen), seen, announced=announced, fleet_rests=fleet_rests)
+
+    stays = {0: READY, 1: READY, 2: READY, 3: BROKEN}
+    assert pause_s(_seen("ab", stays)) == REST_POLL_S
+    for view in (EngineView(), EngineView(Phase.LOADING, 0.5)):
+        assert pause_s(_seen("ab", stays | {3: view})) <= 2
+    assert pause_s(_seen("ab", stays), fleet_rests=False) <= 2
+    assert pause_s(_seen("a", stays)) < 1
+    assert pause_s(_seen("ab", stays, door=False)) < 1
+    assert pause_s(_seen("ab", stays), announced=False) < 1

@@ -88,11 +88,14 @@ async def test_what_dies_comes_back(tmp_path: Path) -> None:
     """A killed process is started again, its death is told, and endpoints.json has its new number."""
     said: list[str] = []
     supervisor = _supervisor(tmp_path, _process("gateway", "gateway", WAITS), said=said)
+    changes: list[bool] = []
+    supervisor.on_change = lambda: changes.append(supervisor.runs("gateway"))
     supervisor.start()
     before = await _listed(tmp_path, supervisor)
     os.kill(before, signal.SIGKILL)
     assert await _listed(tmp_path, supervisor, times=2) != before
     assert "gateway was ended by SIGKILL" in said[0]
+    assert changes == [True, False, True]
     await supervisor.stop(5, _open_door)
     assert _pids(tmp_path) == {}
 

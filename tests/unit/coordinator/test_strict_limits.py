@@ -198,9 +198,9 @@ class StrictLimitsMachine(RuleBasedStateMachine):
         """A call ends, or one that has ended already."""
         self.limits.settle(f"p{self.asked - back}", used, self.now)
 
-    @rule(seconds=st.sampled_from([0.01, 1.0, 5.0, 9.0, 130.0]))
+    @rule(seconds=st.sampled_from([1 / 64, 1.0, 5.0, 9.0, 130.0]))
     def wait(self, seconds: float) -> None:
-        """Time passes, and the sweeper runs."""
+        """Time passes, by amounts whose sums are exact, and the sweeper runs."""
         self.now += seconds
         self.limits.expire(self.now)
 

@@ -98,3 +98,16 @@ def test_poison_is_not_passed_on() -> None:
     """A request that an engine cannot compute, and a defect, end where they are."""
     for reason in ("DECODE_FAILED", "INTERNAL", "INVALID_VALUE", "CANCELLED", "DEADLINE_EXCEEDED"):
         assert _after(Migration(5), Loss(reason, "a", began=False)) is None
+
+
+def test_its_own_ghost_is_waited_for() -> None:
+    """A life that still holds the attempt which left it is asked again; a request that is new there has another's id, and ends."""
+    migration = Migration(5)
+    ghost = Loss("DUPLICATE_REQUEST", "a", began=False)
+    assert _after(migration, ghost) is None
+    assert _after(migration, Loss("ENGINE_STALLED", "a", began=True)) == 0
+    pauses = [_after(migration, ghost) for _ in range(4)]
+    assert all(pause is not None and pause > 0 for pause in pauses)
+    assert pauses == sorted(pauses, key=lambda pause: pause or 0)
+    assert _after(migration, ghost) is None, "no more often than requests move"
+    assert _after(Migration(5), ghost, idempotent=False) is None

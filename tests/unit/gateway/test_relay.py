@@ -55,10 +55,10 @@ async def test_a_reader_that_is_cancelled_loses_nothing() -> None:
     assert await relay.get() == 5
 
 
-async def test_only_what_is_wanted_and_there_is_taken() -> None:
-    """`get_if` never waits and never takes what is not wanted."""
+async def test_only_what_is_there_is_taken() -> None:
+    """`get_ready` never waits."""
     relay: Relay[int] = Relay()
-    assert relay.get_if(lambda _: True) is None
+    assert relay.get_ready() is None
     await relay.put(3)
-    assert relay.get_if(lambda item: item > 3) is None
-    assert relay.get_if(lambda item: item == 3) == 3
+    assert relay.get_ready() == 3
+    assert relay.get_ready() is None

@@ -23,7 +23,7 @@ def test_a_first_route_waits_as_its_client_says() -> None:
     """Priority and the longest wait are the client's; another deployment may answer."""
     scheduling = scheduling_pb2.Scheduling(priority=scheduling_pb2.PRIORITY_HIGH)
     scheduling.max_wait.FromMilliseconds(0)
-    request = Wanted("req-1", "demo", scheduling=scheduling).request("gateway-1")
+    request = Wanted("req-1", "demo", scheduling=scheduling).request()
     assert request.HasField("max_wait")
     assert request.priority == scheduling_pb2.PRIORITY_HIGH
     assert (request.resumed, request.may_fall_back) == (False, True)
@@ -41,7 +41,7 @@ def test_a_request_that_has_lost_its_engine_waits_for_another() -> None:
         resumed=True,
         may_fall_back=False,
     )
-    request = wanted.request("gateway-1")
+    request = wanted.request()
     assert not request.HasField("max_wait")
     assert (request.resumed, request.may_fall_back) == (True, False)
     assert list(request.avoid_incarnations) == ["life-1"]
@@ -56,7 +56,7 @@ def test_a_request_whose_deployment_failed_asks_like_a_new_one() -> None:
         "spare": deployment_pb2.FALLBACK_REASON_UNAVAILABLE,
     }
     wanted = Wanted("req-1", "demo", scheduling=scheduling, failed=reasons)
-    request = wanted.request("gateway-1")
+    request = wanted.request()
     assert {told.name: told.reason for told in request.failed} == reasons
     assert request.HasField("max_wait")
     assert (request.resumed, request.may_fall_back) == (False, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import grpc
 import pytest
 
 from services.gateway.stalls import StallWatch, WatchedCall
@@ -28,6 +29,9 @@ class _Call:
     async def read(self) -> Any:
         self._reading = asyncio.create_task(self._events.get())
         return await self._reading
+
+    async def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.CANCELLED if self.cancelled else grpc.StatusCode.OK
 
     def cancel(self) -> bool:
         self.cancelled = True

@@ -12,7 +12,7 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from caravan.coordinator.v1 import coordinator_service_pb2_grpc as pb_grpc
 from caravan.openai.v1 import openai_service_pb2 as openai_pb
 from caravan.openai.v1 import openai_service_pb2_grpc as openai_grpc
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from services.runtime.channel import open_channel
@@ -23,6 +23,7 @@ from services.runtime.errors import (
     TABLE,
     CaravanError,
     from_rpc_error,
+    from_status,
     reason_names,
 )
 from services.runtime.server import ServiceServer
@@ -257,3 +258,15 @@ def test_details_that_contradict_the_status_are_not_believed(details: bytes) -> 
     """Corrupt or inconsistent details do not raise; the code decides."""
     error = rpc_error(grpc.StatusCode.UNAVAILABLE, grpc_status_details_bin=details)
     assert from_rpc_error(error, service="engine").reason == "SERVICE_UNAVAILABLE"
+
+
+def test_a_status_within_a_message_is_read_like_that_of_a_call() -> None:
+    """With its details the same error, without them what its code says."""
+    error = CaravanError("NO_ENGINE", "None is there.", retry_after_s=1.5, model="demo")
+    told = from_status(error.to_status(), service="coordinator")
+    assert (told.reason, told.message, told.retry_after_s) == ("NO_ENGINE", "None is there.", 1.5)
+    assert told.metadata == {"model": "demo"}
+    bare = status_pb2.Status(code=grpc.StatusCode.UNAVAILABLE.value[0], message="Foreign words.")
+    assert from_status(bare, service="coordinator").reason == "SERVICE_UNAVAILABLE"
+    unknown = status_pb2.Status(code=99)
+    assert from_status(unknown, service="coordinator").reason == "INTERNAL"

@@ -224,13 +224,19 @@ async def test_methods_that_nobody_wrote_are_unimplemented() -> None:
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_metrics_are_served_and_their_port_is_checked() -> None:
-    """/metrics shows the registry of this process; a taken port is PortTakenError."""
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_metrics_are_served(host: str) -> None:
+    """/metrics shows the registry of this process, at addresses of both families."""
     registry = CollectorRegistry()
     Counter("sample", "A series.", registry=registry).inc(3)
-    port = start_metrics("127.0.0.1:0", registry)
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+    port = start_metrics(f"{host}:0", registry)
+    with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as reply:
         assert b"sample_total 3.0" in reply.read()
+
+
+def test_the_port_of_metrics_is_checked() -> None:
+    """A taken port is PortTakenError."""
+    registry = CollectorRegistry()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(PortTakenError, match=address):

@@ -14,6 +14,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -480,9 +481,11 @@ class JoinGatewayRequest(_message.Message):
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    RELEASES_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
-    """Id of the gateway's session, new after each restart. 1 to 128 bytes. Only in the first message; those after it
-    are heartbeats.
+    """Id of the gateway's session, new after each restart. 1 to 128 bytes. Only in the first message; those after it are
+    heartbeats where they have neither routes nor releases.
     """
     @_builtins.property
     def held(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]:
@@ -490,15 +493,27 @@ class JoinGatewayRequest(_message.Message):
         first message.
         """
 
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteRequest]:
+        """Asks for leases, as Route does; `gateway_id` is not read. Each is answered once, in JoinGatewayResponse.routes. What waits when
+        the session ends waits no more. Not in the first message.
+        """
+
+    @_builtins.property
+    def releases(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReleaseRequest]:
+        """Ends leases, as Release does; not answered. They are taken before `routes`. Not in the first message."""
+
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         held: _abc.Iterable[Global___HeldLease] | None = ...,
+        routes: _abc.Iterable[Global___RouteRequest] | None = ...,
+        releases: _abc.Iterable[Global___ReleaseRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "held", b"held"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gateway_id", b"gateway_id", "held", b"held", "releases", b"releases", "routes", b"routes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -564,33 +579,95 @@ class JoinGatewayResponse(_message.Message):
 
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
     TAKEN_LEASE_IDS_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def heartbeat_interval(self) -> _duration_pb2.Duration:
-        """Time between heartbeats. The gateway is taken for dead after three of them in silence. In every message."""
+        """Time between heartbeats. The gateway is taken for dead after three of them in silence. In every message but answers to routes."""
 
     @_builtins.property
     def taken_lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Leases of `held` that were taken. Those whose engine has not joined yet are taken when it does. Only in the first message."""
+
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteAnswer]:
+        """Answers to routes of the session, in the order in which they were decided."""
 
     def __init__(
         self,
         *,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
         taken_lease_ids: _abc.Iterable[_builtins.str] | None = ...,
+        routes: _abc.Iterable[Global___RouteAnswer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "taken_lease_ids", b"taken_lease_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat_interval", b"heartbeat_interval", "routes", b"routes", "taken_lease_ids", b"taken_lease_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinGatewayResponse: _TypeAlias = JoinGatewayResponse  # noqa: Y015
 
 @_typing.final
+class RouteAnswer(_message.Message):
+    """What a gateway is told that has asked for a lease on its session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request."""
+    @_builtins.property
+    def granted(self) -> Global___RouteResponse:
+        """Its lease."""
+
+    @_builtins.property
+    def refused(self) -> _status_pb2.Status:
+        """Why it gets none, with the details that the status of a Route call would have."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        granted: Global___RouteResponse | None = ...,
+        refused: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "granted", b"granted", "refused", b"refused"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "granted", b"granted", "refused", b"refused", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["granted", "refused"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___RouteAnswer: _TypeAlias = RouteAnswer  # noqa: Y015
+
+@_typing.final
 class RouteRequest(_message.Message):
     """Asks for an engine."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TraceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
@@ -604,6 +681,7 @@ class RouteRequest(_message.Message):
     RESUMED_FIELD_NUMBER: _builtins.int
     MAY_FALL_BACK_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, unique among those in flight. 1 to 128 bytes."""
     gateway_id: _builtins.str
@@ -644,6 +722,10 @@ class RouteRequest(_message.Message):
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___FailedDeployment]:
         """Deployments of the chain that have refused the request by themselves, with why. At most 16."""
 
+    @_builtins.property
+    def trace(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """W3C trace context (traceparent, tracestate) of the request. On a session only: a call has metadata for it. At most 8."""
+
     def __init__(
         self,
         *,
@@ -659,10 +741,11 @@ class RouteRequest(_message.Message):
         resumed: _builtins.bool = ...,
         may_fall_back: _builtins.bool = ...,
         failed: _abc.Iterable[Global___FailedDeployment] | None = ...,
+        trace: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_wait", b"max_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "avoid_incarnations", b"avoid_incarnations", "failed", b"failed", "gateway_id", b"gateway_id", "max_wait", b"max_wait", "may_fall_back", b"may_fall_back", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["affinity", b"affinity", "avoid_incarnations", b"avoid_incarnations", "failed", b"failed", "gateway_id", b"gateway_id", "max_wait", b"max_wait", "may_fall_back", b"may_fall_back", "model", b"model", "priority", b"priority", "request_id", b"request_id", "resumed", b"resumed", "session_id", b"session_id", "tenant", b"tenant", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -125,7 +125,8 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def JoinGateway(self, request_iterator, context):
-        """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept.
+        """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
+        on it as well as by the calls below, at a part of their cost: what comes together travels together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,7 +38,9 @@ class CoordinatorServiceStub:
     phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
     """
     JoinGateway: _grpc.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]
-    """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept."""
+    """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
+    on it as well as by the calls below, at a part of their cost: what comes together travels together.
+    """
     Route: _grpc.UnaryUnaryMultiCallable[_coordinator_service_pb2.RouteRequest, _coordinator_service_pb2.RouteResponse]
     """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
     cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
@@ -83,7 +85,9 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
     """
     JoinGateway: _aio.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]  # type: ignore[assignment]
-    """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept."""
+    """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
+    on it as well as by the calls below, at a part of their cost: what comes together travels together.
+    """
     Route: _aio.UnaryUnaryMultiCallable[_coordinator_service_pb2.RouteRequest, _coordinator_service_pb2.RouteResponse]  # type: ignore[assignment]
     """Grants a lease on a live engine of a model. Where all are full the request waits in a bounded queue, in a fair order. What
     cannot be served is refused with a reason and a retry time. A call that ends leaves the queue, but a grant may cross its
@@ -137,7 +141,9 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_coordinator_service_pb2.JoinGatewayRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_service_pb2.JoinGatewayResponse], _abc.AsyncIterator[_coordinator_service_pb2.JoinGatewayResponse]]:
-        """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept."""
+        """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
+        on it as well as by the calls below, at a part of their cost: what comes together travels together.
+        """
 
     @_abc_1.abstractmethod
     def Route(

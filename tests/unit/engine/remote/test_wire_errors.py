@@ -176,6 +176,7 @@ def test_what_the_caller_is_told() -> None:
         "limit": "insufficient_quota"
     }
     assert error(OPENAI, 429).metadata == {"limit": "provider"}
+    assert error(OPENAI, 429).may_pass
     body = {"error": {"code": "429", "type": "throttling_error"}}
     assert error(OPENAI, 429, body).metadata == {"limit": "throttling_error"}
     assert error(OPENAI, 500, {"error": "out of memory"}).message == "OpenAI says: out of memory"
@@ -190,3 +191,12 @@ def test_no_error_holds_a_credential(provider: Provider, status: int) -> None:
     assert SECRET not in found.message + str(found.metadata) + repr(found)
     if status == 401:
         assert "redacted" not in found.message
+
+
+@pytest.mark.parametrize("field", ["code", "type"])
+def test_an_unpaid_bill_is_not_waited_for(field: str) -> None:
+    """It has the status of a rate limit; neither we nor our caller should try again."""
+    found = error(OPENAI, 429, {"error": {field: "insufficient_quota"}})
+    assert found.failure is Failure.RATE_LIMITED
+    assert not found.may_pass
+    assert found.to_error("openai", "gpt-9").retry_after_s is None

@@ -25,6 +25,8 @@ AFFINITY_MAX = 64
 """Most hashes of a prompt, and most bytes of one."""
 AVOID_MAX = 16
 """Most engines that a request avoids, and most deployments that have failed it."""
+ROUTES_MAX = 1_024
+"""Most routes in one message of a gateway: all are decided in one turn of the loop."""
 TRACE_MAX = 8
 """Most entries of the trace context of a route."""
 KEY_BYTES = 32
@@ -175,6 +177,8 @@ def check_later(message: pb.JoinGatewayRequest) -> None:
     """Checks a message of a gateway after its first. Raises CaravanError: INVALID_VALUE."""
     if message.held:
         raise _invalid("held", "'held' belongs into the first message.")
+    if len(message.routes) > ROUTES_MAX:
+        raise _invalid("routes", f"'routes' has more than {ROUTES_MAX} entries.")
 
 
 def checked_grace(request: pb.DrainEngineRequest) -> float:

@@ -95,6 +95,7 @@ class Routes:
                 asked,
                 CaravanError("INTERNAL", "An internal error occurred; the log has the details."),
             )
+            self._withdraw(asked)
         else:
             if granted is not None:
                 self._end(asked, granted)
@@ -131,12 +132,16 @@ class Routes:
 
     def leave(self, asked: Asked) -> None:
         """Its asker is gone, perhaps in the moment of its grant, which is given back then (W61)."""
+        if asked.want is not None and self._waiting.get(asked.want.request_id) is asked:
+            self._stop(asked, "CANCELLED")
+        self._withdraw(asked)
+
+    def _withdraw(self, asked: Asked) -> None:
         want = asked.want
         if want is None:
             return
         if self._waiting.get(want.request_id) is asked:
             del self._waiting[want.request_id]
-            self._stop(asked, "CANCELLED")
         elif self._state.leases.find(want.lease_id) is not None:
             self._metrics.count_release(pb.OUTCOME_CANCELLED)
         self._perform(self._state.leave(want, self._clock.monotonic()))

@@ -92,14 +92,15 @@ class CoordinatorSessions(CoordinatorLists):
                 )
             )
 
-        reader = asyncio.create_task(_read(request_iterator, take, outbox))
+        leave = partial(self._leave, session, registration.engine_id)
+        reader = asyncio.create_task(_read(request_iterator, take, outbox, leave))
         try:
             welcome = pb.EngineWelcome(report_interval=self._interval())
             yield pb.JoinEngineResponse(welcome=welcome)
             async for command in outbox:
                 yield self._to_response(command)
         finally:
-            self._leave(session, registration.engine_id)
+            leave()
             await cancel_all([reader])
 
     def _to_response(self, command: EngineCommand) -> pb.JoinEngineResponse:
@@ -142,13 +143,14 @@ class CoordinatorSessions(CoordinatorLists):
                 # Every heartbeat is answered, so that a gateway notices a coordinator that hangs.
                 outbox.put_heartbeat()
 
-        reader = asyncio.create_task(_read(request_iterator, take, outbox))
+        leave = partial(self._leave, session, gateway_id)
+        reader = asyncio.create_task(_read(request_iterator, take, outbox, leave))
         try:
             yield pb.JoinGatewayResponse(heartbeat_interval=self._interval(), taken_lease_ids=taken)
             async for answer in outbox:
                 yield answer
         finally:
-            self._leave(session, gateway_id)
+            leave()
             await cancel_all([reader])
 
     async def _first(self, requests: AsyncIterator[Request]) -> Request:
@@ -180,7 +182,11 @@ class CoordinatorSessions(CoordinatorLists):
         self.perform(effects)
 
     def _leave(self, session: int, peer_id: str) -> None:
-        self._outboxes.pop(session).close()
+        """The stream of a session is over, as its reader notices or its handler; nothing happens for the second of them."""
+        outbox = self._outboxes.pop(session, None)
+        if outbox is None:
+            return
+        outbox.close()
         effects = self._state.end_session(session, self._clock.monotonic())
         _LOG.info("session %d of %s ended; leases swept: %d", session, peer_id, len(effects.swept))
         self.perform(effects)
@@ -236,8 +242,12 @@ async def _read(
     requests: AsyncIterator[Request],
     take: Callable[[Request], None],
     outbox: Outbox[EngineCommand] | GatewayOutbox,
+    leave: Callable[[], None],
 ) -> None:
-    """Takes the messages of a peer until its stream ends; the end, and an error, close the outbox."""
+    """Takes the messages of a peer until its stream ends; the end, and an error, close the outbox and end the session.
+
+    A handler whose call breaks while it writes runs its `finally` late; by then others would have waited for the places.
+    """
     try:
         async for request in requests:
             take(request)
@@ -245,6 +255,7 @@ async def _read(
         outbox.close(error)  # The handler of the stream raises it.
     else:
         outbox.close()
+    leave()
 
 
 def _tell_crossing(crossing: BudgetCrossing) -> None:

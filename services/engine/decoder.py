@@ -60,7 +60,6 @@ class Decoder:
         self.on_progress: Progress = lambda _share: None
         self.on_ready: Callable[[Backend], None] = lambda _backend: None
         self.on_failed: Callable[[Exception], None] = lambda _error: None
-        self.on_phase: Callable[[object], None] = lambda _busy: None
         self.generated = 0
         self.rounds = 0
         """How often the thread went round its loop: while this stands still, it sleeps or is stuck."""
@@ -69,7 +68,6 @@ class Decoder:
             0,
         )
         """Where the prompt that was admitted last came from, and how many tokens of it; replaced as a whole."""
-        self._busy = (False, False)
         self._loaded = False
 
     def start(self) -> None:
@@ -161,19 +159,12 @@ class Decoder:
                     # A defect must not end the engine: the requests of this step fail, the others go on.
                     _LOG.exception("a step failed")
                     self._fail_step(step, refusals.defect())
-            self._watch_phase()
             # Tokens go out first; saving is nobody's wait.
             self._mailbox.flush()
             self._memory.save_some(rows=self.scheduler.decoding > 0, idle=self.scheduler.idle)
         for job in self.scheduler.owners():
             self._finish(job, CANCELLED, SaveReason.SHUTDOWN)
         self._memory.save_all()
-
-    def _watch_phase(self) -> None:
-        busy = (self.scheduler.prefilling > 0, self.scheduler.decoding > 0)
-        if busy != self._busy:
-            self._busy = busy
-            self._mailbox.post(self.on_phase, busy)
 
     def _take_inbox(self) -> None:
         if self.scheduler.idle and not self._memory.saves_pending:

@@ -46,7 +46,7 @@ class Identity:
 
 
 class Engine:
-    """Lives on the event loop. `start` begins to load; `on_change` is called at each change of phase.
+    """Lives on the event loop. `start` begins to load; `on_change` is called when it begins or ceases to take requests.
 
     `on_serving` is told whether new requests are taken, and `on_stopped` is called when a drain is over that was to end the
     process.
@@ -96,7 +96,6 @@ class Engine:
         self._decoder.on_progress = self._loading
         self._decoder.on_ready = self._ready
         self._decoder.on_failed = self._failed
-        self._decoder.on_phase = self._phase_changed
         self._decoder.start()
         if self._progress_s:
             timer = ProgressTimer(self._progress_s, lambda: self._decoder.rounds, self._streams)
@@ -297,9 +296,6 @@ class Engine:
 
     def _loading(self, share: float) -> None:
         self._progress = share
-
-    def _phase_changed(self, _busy: object) -> None:
-        self.on_change()
 
     def _ready(self, backend: Backend) -> None:
         facts = backend.facts

@@ -15,11 +15,10 @@ from caravan.engine.v1 import engine_service_pb2
 _LOG = logging.getLogger(__name__)
 BACKOFF_FIRST_S: Final = 0.1
 BACKOFF_MOST_S: Final = 5.0
-# Phases change with every request; more reports than this help nobody.
 REPORTS_APART_S: Final = 0.05
 REPORT_INTERVAL_S: Final = 1.0
 REQUESTS_MOST: Final = 1024
-"""Requests in one report; those of an interval, however often the phase changes."""
+"""Requests in one report; those that come between are told without."""
 
 
 class Member(Protocol):
@@ -94,7 +93,7 @@ class Membership:
         self._interval_s = REPORT_INTERVAL_S
 
     def changed(self) -> None:
-        """The engine's phase changed: report soon."""
+        """The engine has begun or ceased to take requests: report soon. What else its phases say can wait for its turn."""
         self._change.set()
 
     def leave(self) -> None:

@@ -123,11 +123,11 @@ class EngineServicer(pb_grpc.EngineServiceServicer):
                 events.append(pb.GenerateResponse(finished=messages.finished(update.ending)))
             if events:
                 yield together(events)
+            if update.ending is not None:
+                return
             if update.error is not None:
                 # After the tokens that came before it: another engine may go on behind them.
                 raise update.error
-            if update.ending is not None:
-                return
 
     def _delta(self, update: Update) -> pb.Delta:
         delta = pb.Delta(text="".join(update.text), token_ids=update.token_ids)

@@ -69,7 +69,9 @@ class Answer:
             return False
         self._started_again = self._started is not None
         if self._started is None:
-            self._started = event.started
+            # A copy: the message may hold much of the answer.
+            self._started = engine_pb.Started()
+            self._started.CopyFrom(event.started)
         is_first, self._start_shown = not self._start_shown, True
         return is_first
 

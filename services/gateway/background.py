@@ -1,4 +1,4 @@
-"""Tasks that outlive the request they belong to: releases of leases, and routes that nobody waits for any more."""
+"""Tasks that outlive the request they belong to: routes that nobody waits for any more."""
 
 from __future__ import annotations
 

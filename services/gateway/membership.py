@@ -124,6 +124,7 @@ class Membership:
             return False
         finally:
             call.cancel()
+            self._current.end()
         return joined
 
     async def _stay(self, call: Call) -> None:

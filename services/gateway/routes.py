@@ -72,7 +72,10 @@ class Wanted:
         return self.resumed or bool(self.failed)
 
     def request(self, trace: Headers = ()) -> pb.RouteRequest:
-        """The route that is asked for, with the trace context of the request. A request that has waited for its turn once waits again for as long as the coordinator lets it."""
+        """The route that is asked for, with the trace context of the request.
+
+        A request that has waited for its turn once waits again for as long as the coordinator lets it.
+        """
         request = pb.RouteRequest(
             request_id=self.request_id,
             model=self.model,

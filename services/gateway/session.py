@@ -100,7 +100,7 @@ class RequestSession:
 
     @property
     def task(self) -> asyncio.Task[None]:
-        """Done when nothing is left of the request but its release."""
+        """Done when nothing is left of the request."""
         return self._task
 
     async def next(self, silence_s: float | None = None) -> engine_pb.GenerateResponse | None:

@@ -14,7 +14,7 @@ CLIENT_REQUEST_ID_MAX = 128
 
 
 class Sessions:
-    """Opens sessions and knows those that run. `requests_max` counts sessions and what they left behind."""
+    """Opens sessions and knows those that run. `requests_max` counts sessions, and routes that some have left behind."""
 
     def __init__(self, requests_max: int, tracing: Tracing) -> None:
         self._requests_max = requests_max

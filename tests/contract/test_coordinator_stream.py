@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import pytest
 from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.coordinator.checks import ROUTES_MAX
 from services.coordinator.gateway_outbox import GATEWAY_ANSWERS_MAX, GatewayOutbox
 from services.coordinator.waiting import Want
 from services.runtime.errors import CaravanError, from_status
@@ -148,6 +150,17 @@ async def test_a_defect_that_a_route_meets_is_that_routes_alone(
     def broken(want: Want) -> None:
         raise ZeroDivisionError(want.request_id)
 
+    def broken_once(coordinator: Coordinator) -> Callable[[str], Want | None]:
+        find, calls = coordinator.state.waiting.of_request, itertools.count(1)
+
+        def found(request_id: str) -> Want | None:
+            # The first look is for requests of the same id.
+            if next(calls) == 2:
+                raise ZeroDivisionError(request_id)
+            return find(request_id)
+
+        return found
+
     async with running_coordinator() as coordinator:
         await coordinator.engine()
         gateway = await coordinator.gateway()
@@ -158,6 +171,12 @@ async def test_a_defect_that_a_route_meets_is_that_routes_alone(
             assert refusal((await gateway.answers())[0]).reason == "INTERNAL"
         await granted(gateway, "req-2")
         assert len(coordinator.state.leases) == 2
+        with monkeypatch.context() as patch:
+            # Behind the decision: the request waits by then.
+            patch.setattr(coordinator.state.waiting, "of_request", broken_once(coordinator))
+            await gateway.send(routes=wants("req-3"))
+            assert refusal((await gateway.answers())[0]).reason == "INTERNAL"
+        assert waiting(coordinator) == []
 
 
 @pytest.mark.parametrize(
@@ -171,13 +190,14 @@ async def test_a_defect_that_a_route_meets_is_that_routes_alone(
             "finish_key",
         ),
         (pb.JoinGatewayRequest(held=[pb.HeldLease()]), "held"),
+        (pb.JoinGatewayRequest(routes=wants(*map(str, range(ROUTES_MAX + 1)))), "routes"),
     ],
 )
 async def test_a_bad_message_ends_the_session(message: pb.JoinGatewayRequest, param: str) -> None:
-    """A release that cannot be checked has no answer that could refuse it."""
+    """A release that cannot be checked has no answer that could refuse it; too many routes would hold up everybody."""
     async with running_coordinator() as coordinator:
         gateway = await coordinator.gateway()
-        await gateway.send(releases=message.releases, held=message.held)
+        await gateway.send(routes=message.routes, releases=message.releases, held=message.held)
         assert (await gateway.end()).param == param
         assert len(coordinator.state.gateways) == 0
 

@@ -223,8 +223,8 @@ async def test_an_engine_joins_reports_obeys_and_joins_again() -> None:
             last.cancel()
 
 
-async def test_reports_at_changes_do_not_list_requests() -> None:
-    """Phases change with every request; the list goes with the report of the interval only."""
+async def test_what_is_told_between_the_reports_of_the_interval() -> None:
+    """That the engine takes no more requests, and that it does again; not its requests, nor that it works."""
     async with (
         coordinator(interval_ms=60_000) as (one, port),
         running_engine("demo=scripted:?step_ms=2&tokens=500") as client,
@@ -241,9 +241,14 @@ async def test_reports_at_changes_do_not_list_requests() -> None:
         async with asyncio.timeout(20):
             await one.registered.get()
         asking = asyncio.create_task(client.ask("hi"))
-        busy = await one.report(pb.ENGINE_PHASE_GENERATING)
-        assert busy.load.active_sequences == 1
-        assert not busy.requests
+        await client.until(lambda load: load.active_sequences == 1)
+        assert one.reports.empty()
+        client.engine.drain(60.0)
+        draining = await one.report(pb.ENGINE_PHASE_DRAINING)
+        assert draining.load.active_sequences == 1
+        assert not draining.requests
+        client.engine.undrain()
+        await one.report(pb.ENGINE_PHASE_GENERATING)
         await asking
         await cancel_all([joined])
 

@@ -46,7 +46,7 @@ class Job:
 
 class Dispatcher:
     """`queues` says whether requests may wait for a worker; `on_cancelled` is told of a request whose cancel has taken effect,
-    `on_crash` of a worker's, and `on_change` of each change of what waits and runs."""
+    and `on_crash` of a worker's."""
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class Dispatcher:
         full: Callable[[], CaravanError],
         on_cancelled: Callable[[Request], None],
         on_crash: Callable[[], None],
-        on_change: Callable[[], None],
     ) -> None:
         self.pool = pool
         self._queue = queue
@@ -67,7 +66,6 @@ class Dispatcher:
         self._full = full
         self._on_cancelled = on_cancelled
         self._on_crash = on_crash
-        self._on_change = on_change
         self._numbers = itertools.count(1)
         self._jobs: dict[Request, Job] = {}
 
@@ -84,7 +82,6 @@ class Dispatcher:
                 raise self._full()
             self._queue.push(job, job.work.priority, now, job.work.deadline)
         self._jobs[job.request] = job
-        self._on_change()
 
     def cancel(self, request: Request) -> None:
         """Ends what is done for a request: a call is closed, a place in the queue is given up."""
@@ -101,7 +98,6 @@ class Dispatcher:
         self._queue.remove(job)
         self._leave(job)
         self._on_cancelled(request)
-        self._on_change()
 
     def dispatch(self) -> None:
         """Hands over what can be handed over; also to be called now and then, for workers that come back and for deadlines."""
@@ -176,13 +172,11 @@ class Dispatcher:
             loop = asyncio.get_running_loop()
             request.timer = loop.call_later(wait_s, self._again, job)
         self.dispatch()
-        self._on_change()
 
     def _again(self, job: Job) -> None:
         request = job.request
         request.timer = None
         if self._start_at_once(job, self._clock.monotonic()):
-            self._on_change()
             return
         try:
             # By its arrival it comes before those who came while it waited.

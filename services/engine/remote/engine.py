@@ -52,7 +52,7 @@ class Identity:
 class RemoteEngine:
     """Lives on the event loop.
 
-    `on_change` is called at each change of phase, `on_serving` is told whether new requests are taken, and `on_stopped` is called
+    `on_change` is called when it begins or ceases to take requests, `on_serving` is told whether it does, and `on_stopped` is called
     when a drain is over that was to end the process.
     """
 
@@ -79,14 +79,12 @@ class RemoteEngine:
             full=self._full,
             on_cancelled=self._cancelled,
             on_crash=endpoint.metrics.workers_replaced.inc,
-            on_change=self._changed,
         )
         self._drain = Drain(self._move)
         self._background: list[asyncio.Task[None]] = []
         self._empty = asyncio.Event()
         self._empty.set()
         self._rate = Rate()
-        self._phase_told = pb.ENGINE_PHASE_UNSPECIFIED
 
     def start(self) -> None:
         """Begins to serve."""
@@ -109,7 +107,7 @@ class RemoteEngine:
     def tell_health(self) -> None:
         """Tells whether requests are taken."""
         self.on_serving(not self._failure and not self._drain.draining)
-        self._changed()
+        self.on_change()
 
     def fail(self, why: str) -> None:
         """Nothing can be served, until a credential is there."""
@@ -220,7 +218,7 @@ class RemoteEngine:
         called when none is left. One drain `for_good` outlasts all others."""
         self._drain.start(grace_s, stop=stop, for_good=for_good)
         self.on_serving(False)  # noqa: FBT003 - there is nothing else that it could mean
-        self._changed()
+        self.on_change()
         self._look_for_end()
 
     def undrain(self) -> None:
@@ -292,13 +290,6 @@ class RemoteEngine:
         if self._drain.draining:
             return pb.ENGINE_PHASE_DRAINING
         return pb.ENGINE_PHASE_GENERATING if self.dispatcher.pool.busy else pb.ENGINE_PHASE_IDLE
-
-    def _changed(self) -> None:
-        # A report for each change of phase, not for each request.
-        phase = self._phase()
-        if phase != self._phase_told:
-            self._phase_told = phase
-            self.on_change()
 
     async def _tick(self) -> None:
         while True:

@@ -496,7 +496,7 @@ class JoinGatewayRequest(_message.Message):
     @_builtins.property
     def routes(self) -> _containers.RepeatedCompositeFieldContainer[Global___RouteRequest]:
         """Asks for leases, as Route does; `gateway_id` is not read. Each is answered once, in JoinGatewayResponse.routes. What waits when
-        the session ends waits no more. Not in the first message.
+        the session ends waits no more. At most 1024; not in the first message.
         """
 
     @_builtins.property

@@ -117,8 +117,8 @@ class CoordinatorServiceServicer:
     """
 
     def JoinEngine(self, request_iterator, context):
-        """Session of an engine. It registers in the first message and reports its load every second and at each change of
-        phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
+        """Session of an engine. It registers in the first message and reports its load every second, and when it begins or
+        ceases to take requests; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

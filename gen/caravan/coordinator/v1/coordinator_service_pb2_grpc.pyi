@@ -34,8 +34,8 @@ class CoordinatorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CoordinatorServiceAsyncStub: ...
     JoinEngine: _grpc.StreamStreamMultiCallable[_coordinator_service_pb2.JoinEngineRequest, _coordinator_service_pb2.JoinEngineResponse]
-    """Session of an engine. It registers in the first message and reports its load every second and at each change of
-    phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
+    """Session of an engine. It registers in the first message and reports its load every second, and when it begins or
+    ceases to take requests; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
     """
     JoinGateway: _grpc.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]
     """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
@@ -81,8 +81,8 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     JoinEngine: _aio.StreamStreamMultiCallable[_coordinator_service_pb2.JoinEngineRequest, _coordinator_service_pb2.JoinEngineResponse]  # type: ignore[assignment]
-    """Session of an engine. It registers in the first message and reports its load every second and at each change of
-    phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
+    """Session of an engine. It registers in the first message and reports its load every second, and when it begins or
+    ceases to take requests; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
     """
     JoinGateway: _aio.StreamStreamMultiCallable[_coordinator_service_pb2.JoinGatewayRequest, _coordinator_service_pb2.JoinGatewayResponse]  # type: ignore[assignment]
     """Session of a gateway. The end of the stream is the end of the gateway: its leases are swept. Leases are asked for and released
@@ -131,8 +131,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_coordinator_service_pb2.JoinEngineRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_service_pb2.JoinEngineResponse], _abc.AsyncIterator[_coordinator_service_pb2.JoinEngineResponse]]:
-        """Session of an engine. It registers in the first message and reports its load every second and at each change of
-        phase; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
+        """Session of an engine. It registers in the first message and reports its load every second, and when it begins or
+        ceases to take requests; the coordinator sends commands. The end of the stream is the end of the engine: its leases are swept.
         """
 
     @_abc_1.abstractmethod

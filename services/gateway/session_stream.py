@@ -14,6 +14,9 @@ from services.runtime.errors import CaravanError, from_status
 
 ROUTES_MAX: Final = 256
 """Most routes in one message: the coordinator decides on all of them before it turns to anybody else."""
+RELEASE_GATHER_S: Final = 0.005
+"""How long a release waits for a route that takes it along. Clients that ask again at once make half the messages, and a place that
+is free a little later delays only requests of other gateways."""
 
 Call: TypeAlias = grpc.aio.StreamStreamCall[pb.JoinGatewayRequest, pb.JoinGatewayResponse]
 Answer: TypeAlias = pb.RouteResponse | CaravanError
@@ -48,6 +51,7 @@ class Session:
         self._some_due = asyncio.Event()
         self._asked: dict[str, asyncio.Future[Answer]] = {}
         self._beat_answered = asyncio.Event()
+        self._gathering: asyncio.TimerHandle | None = None
 
     def ask(self, request: pb.RouteRequest) -> asyncio.Future[Answer]:
         """Asks for a lease. A future that is cancelled must be followed: see `follow`."""
@@ -76,8 +80,12 @@ class Session:
         return future
 
     def write_soon(self) -> None:
-        """There are releases to be written."""
-        self._some_due.set()
+        """There are releases to be written: with the next route or shortly, but at once where routes wait for places."""
+        if self._asked:
+            self._some_due.set()
+        elif self._gathering is None:
+            loop = asyncio.get_running_loop()
+            self._gathering = loop.call_later(RELEASE_GATHER_S, self._some_due.set)
 
     def beat(self) -> None:
         """A heartbeat is due."""
@@ -99,6 +107,7 @@ class Session:
                 future.set_result(coordinator_down())
         self._asked.clear()
         self._beat_answered.set()
+        self._stop_gathering()
 
     # --- the stream ----------------------------------------------------------------------------------------------
 
@@ -119,9 +128,15 @@ class Session:
             self._releases.beat()
             return pb.JoinGatewayRequest()
         if self._routes or self._releases.some_waiting:
+            self._stop_gathering()
             routes, self._routes = self._routes[:ROUTES_MAX], self._routes[ROUTES_MAX:]
             return pb.JoinGatewayRequest(routes=routes, releases=self._releases.take())
         return None
+
+    def _stop_gathering(self) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()
+            self._gathering = None
 
     def take(self, response: pb.JoinGatewayResponse) -> None:
         """Takes a message of the coordinator, after its first."""

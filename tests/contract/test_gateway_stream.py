@@ -9,6 +9,7 @@ from caravan.coordinator.v1 import coordinator_service_pb2 as pb
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from services.gateway import session_stream
 from services.gateway.routes import Wanted
 from services.gateway.session_stream import ROUTES_MAX
 from services.runtime.errors import CaravanError, from_rpc_error
@@ -93,6 +94,25 @@ async def test_a_release_and_a_route_of_one_turn_travel_together() -> None:
         (message,) = rig.coordinator.messages
         assert [release.lease_id for release in message.releases] == ["lease-9"]
         assert [route.request_id for route in message.routes] == ["req-x"]
+
+
+async def test_a_release_waits_for_a_route_that_takes_it_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But not where a route waits for a place, which may be the one that is given back."""
+    monkeypatch.setattr(session_stream, "RELEASE_GATHER_S", 60.0)
+    async with running() as rig:
+        membership = rig.gateway._membership
+        session = membership._current
+        membership.release(pb.ReleaseRequest(lease_id="lease-8"))
+        await session.ask(Wanted("req-x", "demo").request())
+        (message,) = rig.coordinator.messages
+        assert [release.lease_id for release in message.releases] == ["lease-8"]
+        rig.coordinator.refusals.append(hang)
+        waiting = session.ask(Wanted("req-y", "demo").request())
+        membership.release(pb.ReleaseRequest(lease_id="lease-9"))
+        await until(lambda: released(rig) == ["lease-8", "lease-9"])
+        assert not waiting.done()
 
 
 async def test_the_trace_of_a_request_is_told() -> None:

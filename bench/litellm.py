@@ -195,7 +195,7 @@ def main() -> int:
     """Parses the command line, runs, prints."""
     parser = arguments("litellm", __doc__)
     parser.add_argument("--trials", type=int, default=150)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64, help="of a round and side")
     args = parser.parse_args()
     counts = (args.trials, args.rounds, args.requests)

@@ -297,6 +297,8 @@ async def running_coordinator(
             state.check_integrity()
         finally:
             deployments.drain()
+            # Without a grace the server would cut off watches that are about to say why they end.
+            await until(lambda: not deployments._watchers)
             await server.drain_and_stop()
     await until(lambda: not servicer._outboxes)
     assert len(state.leases) + len(state.engines) + len(state.gateways) == 0  # I6

@@ -17,6 +17,7 @@ from caravan.engine.v1 import engine_service_pb2 as pb
 from caravan.engine.v1 import engine_service_pb2_grpc as pb_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.engine.outbox import Ending
 from services.runtime.channel import open_channel
 from services.runtime.errors import CaravanError, from_rpc_error
 from services.runtime.generate_events import each
@@ -41,6 +42,20 @@ async def moved(client: EngineClient, request: pb.GenerateRequest) -> Answer:
     assert error is not None
     assert error.reason == "DRAINING"
     return answer
+
+
+async def test_an_answer_that_is_complete_has_one_end() -> None:
+    """Also where the engine gives up on what is left before the end was sent (I1)."""
+    async with running_engine(SLOW) as client:
+        call = client.stub.Generate(client.request("hi", max_tokens=5000))
+        events = each(call)
+        await anext(events)
+        (row,) = client.engine.inflight.oldest_first()
+        row.outbox.end(Ending(generation.FINISH_REASON_STOP, "", 2, 1, 0.0, 0.0, 0.0))
+        client.engine.abandon()
+        kinds = [event.WhichOneof("event") async for event in events]
+        assert kinds[-1] == "finished"
+        assert await call.code() is grpc.StatusCode.OK
 
 
 async def test_what_is_left_after_the_grace_goes_on_elsewhere() -> None:
